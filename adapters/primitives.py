@@ -1,0 +1,86 @@
+"""What adapters lower to. The engine knows these; it does not know kinds.
+
+Each primitive is a correction of one base module's output, computed beside the base and never
+merged into it. Its device math lives once, in ``kernels/``.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .layout import LinearTarget
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """y += (x Aᵀ) B on one target.
+
+    Attributes:
+        target: The linear module.
+        a: (rank, in_features).
+        b: (rank, out_features): the checkpoint's B transposed, so that a rank row is contiguous in
+            both factors, and multiplied by the adapter's scale.
+    """
+
+    target: LinearTarget
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rows of A and of B."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBias:
+    """y += c on one target, c (out_features,)."""
+
+    target: LinearTarget
+    bias: Tensor
+
+
+Primitive = LowRank | OutputBias
+
+
+@dataclass(frozen=True)
+class LoweredAdapter:
+    """An adapter in host memory, ready to be copied to the device.
+
+    Attributes:
+        digest: SHA-256 (hex) over the adapter's files: the version's identity, and the salt of its KV.
+        kind: ``lora``, ...
+        library: ``peft``, ...
+        rank: Largest rank of any low-rank primitive, 0 without one.
+        primitives: At most one of each type per target.
+    """
+
+    digest: str
+    kind: str
+    library: str
+    rank: int
+    primitives: tuple[Primitive, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers stored, the same on host and device."""
+        return sum(_elements(primitive) for primitive in self.primitives)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes stored on the host."""
+        return sum(_bytes(primitive) for primitive in self.primitives)
+
+
+def _tensors(primitive: Primitive) -> tuple[Tensor, ...]:
+    if isinstance(primitive, LowRank):
+        return (primitive.a, primitive.b)
+    return (primitive.bias,)
+
+
+def _elements(primitive: Primitive) -> int:
+    return sum(tensor.numel() for tensor in _tensors(primitive))
+
+
+def _bytes(primitive: Primitive) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(primitive))

@@ -1,0 +1,46 @@
+"""Attention over a paged KV cache, for prefill chunks and decode rows in one batch.
+
+For query row i of a sequence with q_len query rows and context_len keys (this step's included),
+
+    o_i = softmax_j(scale * q_i . k_j) v_j    over  lo <= j <= hi,
+    hi = context_len - q_len + i,  lo = max(0, hi - window + 1), or 0 without a window,
+
+where key j of a sequence is ``cache[block_table[j // block_size], head, j % block_size]``, and query
+head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """How one step's rows lie over sequences and cache blocks.
+
+    Attributes:
+        cu_seqlens_q: (sequences + 1,) int32, first row of each sequence and the number of rows.
+        context_lens: (sequences,) int32, keys visible to each sequence's last row.
+        block_tables: (sequences, max_blocks) int32; entries past a sequence's context are not read.
+        slot_mapping: (rows,) int64, block * block_size + offset where each row's key and value go.
+        max_seqlen_q: Most query rows of one sequence.
+        max_context_len: Longest context.
+    """
+
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    max_seqlen_q: int
+    max_context_len: int
+
+
+WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""write_kv(key, value, key_cache, value_cache, slot_mapping): key and value (rows, kv_heads,
+head_dim), possibly strided over rows, go to their slots of the caches (blocks, kv_heads, block_size,
+head_dim)."""
+
+PagedAttention = Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
+"""paged_attention(query, key_cache, value_cache, batch, scale, window): query (rows, heads, head_dim),
+possibly strided over rows -> a new contiguous (rows, heads, head_dim)."""

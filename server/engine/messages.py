@@ -1,0 +1,122 @@
+"""What crosses between the HTTP process and the engine process, msgpack on two sockets."""
+
+import msgspec
+
+from ..generation import GenerationRequest, SequenceUpdate
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Start a sequence."""
+
+    request: GenerationRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these sequences within one step; unknown ids have ended already."""
+
+    request_ids: list[str]
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read, check and lower the folder at ``path``; answered by AdapterLoaded or AdapterRefused.
+
+    ``digest`` is what the files must hash to, None where they are seen for the first time.
+    """
+
+    adapter_id: int
+    path: str
+    digest: str | None = None
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Free the adapter once its last sequence has ended; answered by AdapterUnloaded."""
+
+    adapter_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the process."""
+
+
+Command = Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+    """The engine is ready; what it runs."""
+
+    model_type: str
+    dtype: str
+    device: str
+    kernels: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    adapter_slots: int
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """What a loaded adapter is."""
+
+    digest: str
+    kind: str
+    library: str
+    rank: int
+    num_parameters: int
+    num_bytes: int
+    targets: list[str]
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    """The adapter is in host memory and can be used."""
+
+    adapter_id: int
+    info: AdapterInfo
+
+
+class AdapterRefused(msgspec.Struct, frozen=True, tag=True):
+    """The adapter cannot be served: ``error`` is the AdapterError's class name."""
+
+    adapter_id: int
+    error: str
+    message: str
+
+
+class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
+    """Nothing of the adapter is left in the engine."""
+
+    adapter_id: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges and per-step counters for metrics."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    step_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    device_adapters: list[int]
+    host_adapters: list[int]
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """What one step produced."""
+
+    updates: list[SequenceUpdate]
+    stats: EngineStats
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start, or a step raised; the process ends after this."""
+
+    message: str
+
+
+Event = (
+    EngineInfo | AdapterLoaded | AdapterRefused | AdapterUnloaded | StepOutputs | EngineFailed
+)

@@ -1,0 +1,120 @@
+"""The vocabulary of one generation: what is asked of the engine and what comes back.
+
+These are the only types that every stage from the API to the sampler shares. They are msgspec
+structs because they cross the process boundary as they are.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Every sequence ends exactly once, with one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens of one sequence are chosen; validated by the API before it gets here.
+
+    Attributes:
+        max_tokens: Tokens to generate at most, >= 1.
+        min_tokens: Tokens before an end-of-sequence or stop token may be chosen.
+        temperature: 0 is greedy.
+        top_p: Smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_k: Tokens kept; 0 keeps all.
+        min_p: Tokens less likely than this times the likeliest are dropped; 0 keeps all.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in prompt
+            or output (CTRL, arXiv:1909.05858); 1 is none.
+        presence_penalty: Subtracted once from the logit of every token in the output.
+        frequency_penalty: Subtracted once per occurrence in the output.
+        logit_bias: Added to the logits of these token ids.
+        seed: 64-bit. Token i of a sequence is drawn with a number that depends on (seed, i) alone, so
+            a sequence can be resumed anywhere and does not depend on its neighbours.
+        end_token_ids: The model's own end tokens, empty under ``ignore_eos``.
+        stop_token_ids: The request's own.
+        logprobs: Alternatives reported per generated token; 0 reports the chosen one alone, None none.
+        prompt_logprobs: The same per prompt token.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    end_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate; ``n`` choices are n of these.
+
+    Attributes:
+        request_id: Unique among the live ones.
+        prompt_token_ids: At least one token.
+        sampling: How tokens are chosen.
+        adapter_id: None for the bare base.
+        cache_salt: Requests share cached prefixes only under an equal salt.
+        priority: Lower runs earlier (vLLM's meaning).
+        output_token_ids: Tokens already generated, to resume where another engine stopped.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter_id: int | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+    output_token_ids: list[int] = []
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's raw distribution (before any penalty).
+
+    Attributes:
+        token_id: The token that stands there.
+        logprob: Its log-probability.
+        rank: 1 for the likeliest token.
+        top: The likeliest tokens with their log-probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did for one sequence.
+
+    Attributes:
+        request_id: Whose.
+        token_ids: New tokens; an end or stop token is included.
+        logprobs: One per new token where asked for.
+        prompt_logprobs: One per prompt token from the second on, in chunks as the prompt is computed.
+        num_cached_tokens: Prompt tokens taken from the prefix cache.
+        finish_reason: Set on the last update.
+        stop_token_id: The end or stop token that ended it.
+        error: The reason under ``FinishReason.ERROR``.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None

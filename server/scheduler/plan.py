@@ -1,0 +1,57 @@
+"""What the scheduler tells the runner to compute, and what the runner tells it back."""
+
+from dataclasses import dataclass
+
+from ..generation import TokenLogprobs
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens ``start .. end`` of a sequence go through the model in this step.
+
+    Attributes:
+        sequence: Read-only for the runner; its block table covers ``end`` tokens.
+        start: Tokens computed before.
+        end: Tokens computed after.
+        samples: Whether the last of these rows chooses the sequence's next token.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of this sequence in the step."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: which tokens of which sequences run together."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What the runner computed for the ScheduledSequence at the same position of the plan.
+
+    Attributes:
+        token_id: The chosen token, None where the sequence did not sample.
+        logprobs: Of the chosen token, where asked for.
+        prompt_logprobs: Of prompt tokens ``start + 1 .. min(end, prompt_len - 1)``, where asked for.
+        error: Why the row is unusable (its logits are not finite); ends the sequence alone.
+    """
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
