@@ -31,6 +31,11 @@ class LowRank:
         """Rows of A and of B."""
         return self.a.shape[0]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it stores, in the order A, B."""
+        return (self.a, self.b)
+
 
 @dataclass(frozen=True, slots=True)
 class OutputBias:
@@ -38,6 +43,11 @@ class OutputBias:
 
     target: LinearTarget
     bias: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it stores."""
+        return (self.bias,)
 
 
 Primitive = LowRank | OutputBias
@@ -48,7 +58,7 @@ class LoweredAdapter:
     """An adapter in host memory, ready to be copied to the device.
 
     Attributes:
-        digest: SHA-256 (hex) over the adapter's files: the version's identity, and the salt of its KV.
+        digest: SHA-256 (hex) over the adapter's files: the version's identity and its KV's salt.
         kind: ``lora``, ...
         library: ``peft``, ...
         rank: Largest rank of any low-rank primitive, 0 without one.
@@ -72,15 +82,9 @@ class LoweredAdapter:
         return sum(_bytes(primitive) for primitive in self.primitives)
 
 
-def _tensors(primitive: Primitive) -> tuple[Tensor, ...]:
-    if isinstance(primitive, LowRank):
-        return (primitive.a, primitive.b)
-    return (primitive.bias,)
-
-
 def _elements(primitive: Primitive) -> int:
-    return sum(tensor.numel() for tensor in _tensors(primitive))
+    return sum(tensor.numel() for tensor in primitive.tensors)
 
 
 def _bytes(primitive: Primitive) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(primitive))
+    return sum(tensor.nbytes for tensor in primitive.tensors)

@@ -2,10 +2,10 @@
 
     y[i:j, columns(t)] += (x[i:j] @ A(t, s).T) @ B(t, s) + c(t, s)
 
-for every segment (i, j, s) of rows that share adapter slot s, and every target t of a site. Ranks are
-exact: a segment reads rank(t, s) rows of A and B and nothing else. Rows outside every segment are
-neither read nor written. Punica (arXiv:2310.18547) named the two halves shrink and expand; S-LoRA
-(arXiv:2311.03285) showed that unpadded ranks in one pool are enough.
+for every segment (i, j, s) of rows that share adapter slot s, and every target t of a site. Ranks
+are exact: a segment reads rank(t, s) rows of A and B and nothing else. Rows outside every segment
+are neither read nor written. Punica (arXiv:2310.18547) named the two halves shrink and expand;
+S-LoRA (arXiv:2311.03285) showed that unpadded ranks in one pool are enough.
 """
 
 from collections.abc import Callable

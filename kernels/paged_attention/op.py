@@ -5,8 +5,8 @@ For query row i of a sequence with q_len query rows and context_len keys (this s
     o_i = softmax_j(scale * q_i . k_j) v_j    over  lo <= j <= hi,
     hi = context_len - q_len + i,  lo = max(0, hi - window + 1), or 0 without a window,
 
-where key j of a sequence is ``cache[block_table[j // block_size], head, j % block_size]``, and query
-head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
+where key j of a sequence is ``cache[block_table[j // block_size], head, j % block_size]``, and
+query head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ class PagedBatch:
 
 WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """write_kv(key, value, key_cache, value_cache, slot_mapping): key and value (rows, kv_heads,
-head_dim), possibly strided over rows, go to their slots of the caches (blocks, kv_heads, block_size,
-head_dim)."""
+head_dim), possibly strided over rows, go to their slots of the caches (blocks, kv_heads,
+block_size, head_dim)."""
 
 PagedAttention = Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
-"""paged_attention(query, key_cache, value_cache, batch, scale, window): query (rows, heads, head_dim),
-possibly strided over rows -> a new contiguous (rows, heads, head_dim)."""
+"""paged_attention(query, key_cache, value_cache, batch, scale, window): query (rows, heads,
+head_dim), possibly strided over rows -> a new contiguous (rows, heads, head_dim)."""

@@ -44,7 +44,9 @@ def _gather(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
     return cache[blocks].transpose(1, 2).flatten(0, 1)[:context_len].float()
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+) -> Tensor:
     q_len, num_heads, _ = query.shape
     context_len, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads

@@ -90,7 +90,7 @@ class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and per-step counters for metrics."""
+    """Gauges (the first four and ``device_adapters``), and counts since the last report."""
 
     running: int
     waiting: int
@@ -101,7 +101,6 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_hits: int
     preemptions: int
     device_adapters: list[int]
-    host_adapters: list[int]
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -117,6 +116,4 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = (
-    EngineInfo | AdapterLoaded | AdapterRefused | AdapterUnloaded | StepOutputs | EngineFailed
-)
+Event = EngineInfo | AdapterLoaded | AdapterRefused | AdapterUnloaded | StepOutputs | EngineFailed

@@ -30,9 +30,16 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: which tokens of which sequences run together."""
+    """One step: which tokens of which sequences run together.
+
+    Attributes:
+        scheduled: What the runner computes.
+        unservable: Sequences that can never run, because their adapter gets no slot even while
+            nothing else runs; ``commit`` ends them.
+    """
 
     scheduled: tuple[ScheduledSequence, ...]
+    unservable: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +54,8 @@ class SequenceResult:
     Attributes:
         token_id: The chosen token, None where the sequence did not sample.
         logprobs: Of the chosen token, where asked for.
-        prompt_logprobs: Of prompt tokens ``start + 1 .. min(end, prompt_len - 1)``, where asked for.
+        prompt_logprobs: Of prompt tokens ``start + 1 .. min(end, prompt_len - 1)``, where asked
+            for.
         error: Why the row is unusable (its logits are not finite); ends the sequence alone.
     """
 

@@ -17,6 +17,10 @@ class Sequence:
         num_computed_tokens: Leading tokens whose keys and values are in the cache.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
         block_table: Cache blocks, in order.
+        block_hashes: Names of its leading full blocks, as far as they were needed.
+        num_prompt_logprobs: Prompt log-probabilities sent, where asked for.
+        num_preemptions: Times it was taken off the device to be recomputed.
+        num_overtaken: Steps, since it began to wait, in which a later one was admitted before it.
     """
 
     request: GenerationRequest
@@ -26,6 +30,10 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
+    num_preemptions: int = 0
+    num_overtaken: int = 0
 
     def __post_init__(self) -> None:
         """Start from the prompt and any output to resume."""
@@ -45,3 +53,24 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller is admitted earlier and preempted later."""
+        return self.request.priority, self.arrival
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to go through the model: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def cache_limit(self) -> int:
+        """Leading tokens that may come from the prefix cache.
+
+        The last token's row chooses the next token, and the row before every prompt
+        log-probability that is still to be sent must be computed.
+        """
+        if self.sampling.prompt_logprobs is None or self.num_prompt_logprobs >= self.prompt_len - 1:
+            return len(self.token_ids) - 1
+        return self.num_prompt_logprobs

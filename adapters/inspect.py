@@ -1,0 +1,66 @@
+"""What an adapter folder is, told without a base model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import open_checkpoint, open_config
+from .lower import find_kind
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDescription:
+    """An adapter that is served on the base it was made for.
+
+    Attributes:
+        digest: SHA-256 (hex) over its files.
+        kind: ``lora``, ...
+        library: ``peft``, ...
+        base_model: The base it names, if it names one.
+        ranks: Its ranks, ascending.
+        target_modules: Last names of the modules it adapts.
+        num_modules: Modules it adapts.
+        num_parameters: Numbers it stores.
+        primitives: How many of each primitive it lowers to.
+    """
+
+    digest: str
+    kind: str
+    library: str
+    base_model: str | None
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    num_modules: int
+    num_parameters: int
+    primitives: Mapping[str, int]
+
+    @property
+    def num_bytes_bfloat16(self) -> int:
+        """Bytes it takes on the device in bfloat16."""
+        return 2 * self.num_parameters
+
+
+def describe(path: Path) -> AdapterDescription:
+    """Read and check the adapter folder at ``path`` as far as that goes without its base.
+
+    Raises:
+        AdapterError: It is refused on any base; see ``errors`` for the reasons.
+    """
+    config = open_config(path)
+    kind = find_kind(config.fields)
+    checkpoint = open_checkpoint(config)
+    shapes = kind.parse(checkpoint).shapes
+    base_model = config.fields.get("base_model_name_or_path")
+    paths = {shape.path for shape in shapes}
+    return AdapterDescription(
+        digest=checkpoint.digest,
+        kind=kind.name,
+        library=kind.library,
+        base_model=base_model if isinstance(base_model, str) else None,
+        ranks=tuple(sorted({shape.rank for shape in shapes if shape.rank})),
+        target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
+        num_modules=len(paths),
+        num_parameters=sum(shape.num_elements for shape in shapes),
+        primitives=Counter(shape.primitive for shape in shapes),
+    )

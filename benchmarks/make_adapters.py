@@ -1,0 +1,107 @@
+"""Make synthetic LoRA adapters: random weights in PEFT's format, any number, rank and targets.
+
+Benchmarks need many adapters of known shape and do not care what they say. Module paths and shapes
+are those of the base's own modules, which are built without memory for their weights.
+
+    python benchmarks/make_adapters.py --count 16 --rank 8 --rank 64 --out build/adapters
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from deltamux.server.config import default_state_dir
+from deltamux.server.model.source import resolve_model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+B_STD = 0.02  # with A's rows of unit length on average, a delta of about a tenth of its input
+
+
+def linear_modules(base: Path, targets: list[str]) -> Iterator[tuple[str, int, int]]:
+    """(path, in_features, out_features) of every module whose last name is a target."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] not in targets:
+            continue
+        if isinstance(module, nn.Linear):
+            yield path, module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            yield path, module.nx, module.nf
+
+
+def random_lora(
+    modules: list[tuple[str, int, int]], rank: int, dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
+    """A (rank, in) and B (out, rank) of every module, under PEFT's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, in_features, out_features in modules:
+        a = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+        b = torch.randn(out_features, rank, generator=generator) * B_STD
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(dtype)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(dtype)
+    return tensors
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], rank: int, targets: list[str]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Make synthetic LoRA adapters.")
+    parser.add_argument("--base", default="smollm2", help="folder, .gguf file or hub id")
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--rank", type=int, action="append", help="repeatable: taken in turn")
+    parser.add_argument("--targets", default="q_proj,k_proj,v_proj,o_proj")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--name", default="synthetic", help="folders are called NAME-0, NAME-1, ..."
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--state-dir", type=Path, default=default_state_dir())
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the folders and say what they are."""
+    arguments = parse_arguments()
+    targets = arguments.targets.split(",")
+    ranks = arguments.rank or [8]
+    base = resolve_model(arguments.base, arguments.state_dir)
+    modules = list(linear_modules(base, targets))
+    for index in range(arguments.count):
+        rank = ranks[index % len(ranks)]
+        tensors = random_lora(
+            modules, rank, DTYPES[arguments.dtype], seed=arguments.seed * 1_000_003 + index
+        )
+        write_adapter(arguments.out / f"{arguments.name}-{index}", tensors, rank, targets)
+    print(f"{arguments.count} adapters of rank {ranks} on {len(modules)} modules: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

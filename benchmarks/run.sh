@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# First figures: starts a server with 16 synthetic adapters, measures the base alone and then all 16,
+# and stops it. The argument is the bin folder of a virtual environment with the bench extra.
+set -euo pipefail
+bin=$(cd "${1:-.venv/bin}" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+port=${PORT:-8011}
+url=http://127.0.0.1:$port
+
+"$bin/python" benchmarks/make_adapters.py --count 16 --rank 8 --out build/bench-adapters
+"$bin/deltamux" serve smollm2 --dtype bfloat16 --port "$port" --adapter-dir build/bench-adapters &
+server=$!
+trap 'kill "$server"; wait "$server" || true' EXIT
+until "$bin/python" -c 'import sys, httpx; httpx.get(sys.argv[1]).raise_for_status()' "$url/ready" 2>/dev/null; do
+    kill -0 "$server" || { echo "the server ended before it was ready" >&2; exit 1; }
+    sleep 1
+done
+"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64
+"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 --adapters 16

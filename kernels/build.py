@@ -1,0 +1,115 @@
+"""Compiles the C++ kernels at first use into a shared library that later starts find again.
+
+A library is compiled for the very CPU it runs on, so it is built here rather than shipped; no header
+of torch is included, which keeps that to seconds. It links the OpenMP runtime that torch has loaded:
+with two of them in one process, two pools of threads would wait actively on the same cores.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"),
+    *("-fno-math-errno", "-ffp-contract=fast"),
+)
+
+_FOLDER = Path(__file__).parent
+
+
+class CompilerError(RuntimeError):
+    """There is no C++ compiler, or it refused the kernels; the message holds what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler as a command line, e.g. ``("ccache", "g++")``."""
+
+    command: tuple[str, ...]
+
+    def run(self, arguments: Sequence[str]) -> str:
+        """Its output; raises CompilerError with it where it fails."""
+        command = [*self.command, *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise CompilerError(f"cannot run the C++ compiler {command[0]!r}: {error}") from error
+        if done.returncode:
+            raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        return done.stdout
+
+
+def find_compiler() -> Compiler | None:
+    """The compiler that CXX names, else the first of COMPILERS on the PATH, else None."""
+    if named := os.environ.get("CXX"):
+        return Compiler(tuple(named.split()))
+    found = (path for name in COMPILERS if (path := shutil.which(name)))
+    return next((Compiler((path,)) for path in found), None)
+
+
+def build_library(compiler: Compiler, cache_dir: Path | None = None) -> Path:
+    """Path of the compiled library, built unless one of the same key is in the cache.
+
+    The key covers the sources, the flags and what the compiler predefines for this CPU (its
+    version and every instruction set it will use), so a stale library is never found. Concurrent
+    builds each write a file of their own, and the last rename wins.
+
+    Raises:
+        CompilerError: The compiler failed.
+    """
+    folder = cache_dir or user_cache_path("deltamux")
+    flags = (*FLAGS, *_openmp_flags())
+    library = folder / f"kernels-{_key(compiler, flags)}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, flags, library)
+    return library
+
+
+def _compile(compiler: Compiler, flags: Sequence[str], library: Path) -> None:
+    started = time.perf_counter()
+    sources = [str(path) for path in _sources() if path.suffix == ".cpp"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        compiler.run([*sources, "-o", str(built), *flags])
+        os.replace(built, library)
+    logger.info("compiled the CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
+
+
+def _key(compiler: Compiler, flags: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (
+        *compiler.command,
+        *flags,
+        compiler.run([*FLAGS, "-dM", "-E", "-x", "c++", os.devnull]),
+    ):
+        digest.update(part.encode() + b"\0")
+    for path in _sources():
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in _FOLDER.rglob("*") if path.suffix in (".cpp", ".h"))
+
+
+def _openmp_flags() -> tuple[str, ...]:
+    """Link torch's own copy of libgomp where its wheel has one, else the system's."""
+    package = Path(torch.__file__).parent
+    for folder in (package / "lib", package.parent / "torch.libs"):
+        for runtime in sorted(folder.glob("libgomp*.so*")):
+            return (str(runtime), f"-Wl,-rpath,{folder}")
+    return ("-l:libgomp.so.1",)

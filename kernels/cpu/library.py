@@ -1,0 +1,103 @@
+"""The compiled library seen from Python: C functions by dtype, and structures prepared once."""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., bytes | None]
+"""A C function: takes integers, floats and addresses; returns what was wrong, or None."""
+
+POINTER = ctypes.c_void_p
+INT = ctypes.c_int64
+FLOAT = ctypes.c_float
+
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Latest(Generic[K, V]):
+    """Prepares a step's table once for the many layers that use it: keeps the last, by identity."""
+
+    def __init__(self, prepare: Callable[[K], V]) -> None:
+        """Keep how a new object is prepared."""
+        self._prepare = prepare
+        self._entry: tuple[K, V] | None = None
+
+    def __call__(self, key: K) -> V:
+        """What ``prepare`` made of this very object."""
+        entry = self._entry
+        if entry is None or entry[0] is not key:
+            entry = self._entry = (key, self._prepare(key))
+        return entry[1]
+
+
+class Kernels:
+    """One operation's C functions by dtype."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> None:
+        """Find ``<name>_<dtype>`` in the library and declare its argument types."""
+        self._name = name
+        self._by_dtype: Mapping[torch.dtype, Kernel] = {
+            dtype: _declared(library[f"{name}_{suffix}"], arguments)
+            for dtype, suffix in _SUFFIXES.items()
+        }
+
+    def of(self, *tensors: Tensor) -> Kernel:
+        """The function for tensors that share one dtype, lie on the CPU and are dense in rows.
+
+        Raises:
+            ValueError: They differ in dtype, there is no kernel for it, or they are elsewhere.
+        """
+        dtype = tensors[0].dtype
+        for tensor in tensors:
+            if tensor.dtype is not dtype or not tensor.is_cpu or tensor.stride(-1) != 1:
+                raise ValueError(self._refusal(tensor, dtype))
+        kernel = self._by_dtype.get(dtype)
+        if kernel is None:
+            raise ValueError(
+                f"{self._name}: no CPU kernel for {dtype}; run the model in float32 or bfloat16"
+            )
+        return kernel
+
+    def _refusal(self, tensor: Tensor, dtype: torch.dtype) -> str:
+        return (
+            f"{self._name}: expected {dtype} tensors on the CPU, dense in their last dimension;"
+            f" got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+        )
+
+
+def _declared(function: Any, arguments: Sequence[Any]) -> Kernel:
+    function.argtypes = list(arguments)
+    function.restype = ctypes.c_char_p
+    return function  # type: ignore[no-any-return]  # ctypes functions have no static type
+
+
+def raise_if(error: bytes | None, operation: str) -> None:
+    """Raise IndexError with what a kernel found wrong in its index tables."""
+    if error is not None:
+        raise IndexError(f"{operation}: {error.decode()}")
+
+
+def address(tensor: Tensor, dtype: torch.dtype, name: str) -> int:
+    """Where a contiguous CPU tensor of this dtype begins.
+
+    Raises:
+        ValueError: It is something else; the message calls it ``name``.
+    """
+    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {dtype} tensor on the CPU, got {tensor.dtype} on"
+            f" {tensor.device} with strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+def require(met: bool, message: str) -> None:
+    """Raise ValueError with a message that costs nothing to make."""
+    if not met:
+        raise ValueError(message)

@@ -1,0 +1,199 @@
+// Sixteen float lanes in plain GCC/Clang vector types: the compiler maps them to one AVX-512 register,
+// two AVX ones, or four of SSE or NEON. Every kernel accumulates in these lanes, in float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+constexpr int64_t LANES = 16;
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- LANES elements in their order; with n < LANES, only n are touched and the others read as zero
+
+INLINE Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE Floats load(const bfloat16* p) {
+    Halves v;
+    std::memcpy(&v, p, sizeof v);
+    return (Floats)(__builtin_convertvector(v, Words) << 16);
+}
+
+// The bits of a bfloat16 in the upper half of each lane: to the nearest, ties to even; NaN stays NaN.
+INLINE Words rounded_bits(Floats v) {
+    const Words bits = (Words)v;
+    const Words is_nan = (Words)(v != v);
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return ((rounded & ~is_nan) | (is_nan & 0x7fc00000u)) & 0xffff0000u;
+}
+
+INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE void store(bfloat16* p, Floats v) {
+    const Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+template <class T>
+INLINE Floats load(const T* p, int64_t n) {
+    T padded[LANES] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+INLINE void store(T* p, Floats v, int64_t n) {
+    T padded[LANES];
+    store(padded, v);
+    std::memcpy(p, padded, n * sizeof(T));
+}
+
+// Calls body(i) for every full group of `width` elements and body(i, n) for the n that are left, so
+// that a body `[](int64_t i, auto... n)` compiles once for each.
+template <class Body>
+INLINE void for_groups(int64_t size, int64_t width, Body body) {
+    int64_t i = 0;
+    for (; i + width <= size; i += width) body(i);
+    if (i < size) body(i, size - i);
+}
+
+// ---- 64 bytes of T as float32. Two bfloat16 share each 32-bit lane: the even elements come out as
+// one part and the odd ones as another, by a shift and a mask alone. Sums do not mind the order, and
+// storing reverses it.
+
+template <class T>
+struct Pack {
+    static constexpr int PARTS = sizeof(float) / sizeof(T);
+    static constexpr int64_t SIZE = LANES * PARTS;
+    Floats part[PARTS];
+};
+
+INLINE Pack<float> load_pack(const float* p) { return {{load(p)}}; }
+
+INLINE Pack<bfloat16> load_pack(const bfloat16* p) {
+    Words v;
+    std::memcpy(&v, p, sizeof v);
+    return {{(Floats)(v << 16), (Floats)(v & 0xffff0000u)}};
+}
+
+INLINE void store_pack(float* p, Pack<float> pack) { store(p, pack.part[0]); }
+
+INLINE void store_pack(bfloat16* p, Pack<bfloat16> pack) {
+    const Words v = (rounded_bits(pack.part[0]) >> 16) | rounded_bits(pack.part[1]);
+    std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+INLINE Pack<T> load_pack(const T* p, int64_t n) {
+    T padded[Pack<T>::SIZE] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load_pack(padded);
+}
+
+template <class T>
+INLINE void store_pack(T* p, Pack<T> pack, int64_t n) {
+    T padded[Pack<T>::SIZE];
+    store_pack(padded, pack);
+    std::memcpy(p, padded, n * sizeof(T));
+}
+
+// ---- across lanes
+
+INLINE Floats splat(float x) { return Floats{} + x; }
+
+INLINE Floats maximum(Floats a, Floats b) {
+    const Ints greater = a > b;
+    return (Floats)(((Ints)a & greater) | ((Ints)b & ~greater));
+}
+
+#ifdef __AVX512F__
+INLINE float sum(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float maximum(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float sum(Floats v) {
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+}
+
+INLINE float maximum(Floats v) {
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+    return v[0];
+}
+#endif
+
+// exp(x) for x <= 0 within 2 units in the last place; 0 below -87, NaN for NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) by its Taylor polynomial of degree 7.
+INLINE Floats exp_nonpositive(Floats x) {
+    const Floats shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Ints keep = ~(x < -87.0f);
+    const Floats shifted = x * 1.44269504f + shifter;
+    const Floats n = shifted - shifter;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Floats power = (Floats)((((Ints)shifted - (Ints)shifter) + 127) << 23);
+    return (Floats)((Ints)(p * power) & keep);
+}
+
+// rows[i][j] <-> rows[j][i]
+INLINE void transpose(Floats rows[LANES]) {
+#ifdef __AVX512F__
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            const __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + k + 2]);
+            u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int k = 0; k < 4; ++k) {  // u[4 q + k]: columns k, k + 4, k + 8, k + 12 of rows 4 q .. 4 q + 3
+        const __m512 a = _mm512_shuffle_f32x4(u[k], u[4 + k], 0x88);
+        const __m512 b = _mm512_shuffle_f32x4(u[k], u[4 + k], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(u[8 + k], u[12 + k], 0xdd);
+        rows[k] = (Floats)_mm512_shuffle_f32x4(a, c, 0x88);
+        rows[k + 4] = (Floats)_mm512_shuffle_f32x4(b, d, 0x88);
+        rows[k + 8] = (Floats)_mm512_shuffle_f32x4(a, c, 0xdd);
+        rows[k + 12] = (Floats)_mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+#else
+    for (int64_t i = 0; i < LANES; ++i)
+        for (int64_t j = 0; j < i; ++j) {
+            const float swapped = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = swapped;
+        }
+#endif
+}

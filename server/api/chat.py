@@ -1,0 +1,111 @@
+"""``POST /v1/chat/completions``."""
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from msgspec import UNSET, UnsetType
+from starlette.responses import Response
+
+from .answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    PromptLogprobs,
+    Usage,
+)
+from .choice import ChoiceDelta, ScoredToken
+from .generate import Gathered, Job, deltas, make_job
+from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from .prompts import chat_prompt
+from .protocol import ChatBody
+from .respond import respond
+from .security import json_only
+from .state import AppState, State
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", dependencies=[json_only])
+async def create_chat_completion(body: ChatBody, request: Request, state: State) -> Response:
+    """Add the model's turn to a conversation."""
+    state.registry.resolve(body.model)
+    prompt = await chat_prompt(body, state)
+    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs)
+    return await respond(request, body, job, deltas(job, state), _Format(body, job, state))
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    body: ChatBody
+    job: Job
+    state: AppState
+
+    def opening(self) -> list[ChatChunk]:
+        """The role of every choice; the prompt's tokens, where asked for, come with the first."""
+        role = ChatDelta(role="assistant", content="")
+        options = self.body.stream_options
+        usage = None if options is not None and options.include_usage else UNSET
+        return [
+            ChatChunk(
+                self.job.id,
+                self.job.created,
+                self.job.model,
+                [ChatChunkChoice(choice.index, role)],
+                usage,
+                self._prompt_token_ids() if choice.index == 0 else UNSET,
+            )
+            for choice in self.job.choices
+        ]
+
+    def chunk(self, delta: ChoiceDelta, usage: Usage | UnsetType | None) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(content=delta.text),
+            logprobs=self._logprobs(delta.scored),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self.body.return_token_ids else UNSET,
+        )
+        return ChatChunk(self.job.id, self.job.created, self.job.model, [choice], usage)
+
+    def closing(self, usage: Usage) -> ChatChunk:
+        return ChatChunk(self.job.id, self.job.created, self.job.model, [], usage)
+
+    def whole(self, choices: list[Gathered], usage: Usage) -> ChatCompletion:
+        return ChatCompletion(
+            self.job.id,
+            self.job.created,
+            self.job.model,
+            [self._choice(choice) for choice in choices],
+            usage,
+            self._prompt_logprobs(choices[0]),
+            self._prompt_token_ids(),
+        )
+
+    def _choice(self, choice: Gathered) -> ChatChoice:
+        return ChatChoice(
+            index=choice.index,
+            message=ChatMessage(choice.text),
+            logprobs=self._logprobs(choice.scored),
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            token_ids=choice.token_ids if self.body.return_token_ids else UNSET,
+        )
+
+    def _logprobs(self, scored: list[ScoredToken]) -> ChatLogprobs | None:
+        return chat_logprobs(scored, self._names()) if self.body.logprobs else None
+
+    def _prompt_logprobs(self, choice: Gathered) -> PromptLogprobs | UnsetType:
+        if self.body.prompt_logprobs is None:
+            return UNSET
+        return prompt_logprobs(choice.prompt_logprobs, self._names())
+
+    def _prompt_token_ids(self) -> list[int] | UnsetType:
+        return self.job.prompts[0].token_ids if self.body.return_token_ids else UNSET
+
+    def _names(self) -> TokenNames:
+        return TokenNames(self.state.tokenizer, self.body.return_tokens_as_token_ids)

@@ -1,0 +1,196 @@
+"""What both generation routes do between a validated body and an answer's format.
+
+``Job`` is the fan-out of one request into choices; ``deltas`` runs it; ``gather`` collects it for
+clients that do not stream; ``Tally`` counts what it took.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from time import time
+from uuid import uuid4
+
+from ..generation import GenerationRequest, TokenLogprobs
+from .answers import CachedTokens, Usage
+from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
+from .errors import InvalidRequest
+from .logprobs import prompt_tokens
+from .merge import merge
+from .prompts import TokenPrompt
+from .protocol import GenerationBody
+from .sampling import check_token_ids, max_new_tokens, sampling_params
+from .state import AppState
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request's choices.
+
+    Attributes:
+        id: What the client is told.
+        model: As the client named it.
+        prompts: One or more.
+        choices: ``n`` per prompt, in order.
+        created: Unix time.
+    """
+
+    id: str
+    model: str
+    prompts: list[TokenPrompt]
+    choices: list[Choice]
+    created: int = field(default_factory=lambda: int(time()))
+
+
+def make_job(
+    prefix: str,
+    body: GenerationBody,
+    prompts: list[TokenPrompt],
+    state: AppState,
+    prompt_logprobs: int | None,
+) -> Job:
+    """Fan a request out: choice ``c`` of prompt ``p`` has index ``p * n + c``.
+
+    Raises:
+        InvalidRequest: Too many sequences, or token ids or lengths the model does not have.
+    """
+    _check_size(body, len(prompts), state)
+    info = state.require_info()
+    check_token_ids(body, info)
+    job_id = f"{prefix}-{uuid4().hex}"
+    choices: list[Choice] = []
+    for number, prompt in enumerate(prompts):
+        max_tokens = max_new_tokens(body, len(prompt.token_ids), info.max_model_len)
+        for choice in range(body.n):
+            request = GenerationRequest(
+                request_id=f"{job_id}-{number}-{choice}",
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling_params(
+                    body, choice, max_tokens, state.tokenizer.end_token_ids, prompt_logprobs
+                ),
+                cache_salt=body.cache_salt,
+                priority=body.priority,
+            )
+            choices.append(
+                Choice(len(choices), prompt, request, tuple(body.stop), body.skip_special_tokens)
+            )
+    return Job(job_id, body.model, prompts, choices)
+
+
+def _check_size(body: GenerationBody, num_prompts: int, state: AppState) -> None:
+    limit = state.limits.max_sequences
+    if num_prompts * body.n > limit:
+        raise InvalidRequest(
+            f"{num_prompts} prompts times n={body.n} exceed the limit of {limit} sequences in one "
+            "request.",
+            "n" if num_prompts == 1 else body.prompt_field,
+        )
+
+
+async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]:
+    """Run the job; its adapter stays in the engine until this ends.
+
+    Raises:
+        UnknownModel: The model is gone since the request was checked.
+        EngineError: As ``EnginePort.generate``.
+        ApiError: As ``stream_choice``.
+    """
+    with state.registry.lease(job.model) as adapter_id:
+        streams = [stream_choice(choice, adapter_id, state) for choice in job.choices]
+        async with aclosing(merge(streams)) as merged:
+            async for delta in merged:
+                yield delta
+
+
+async def echoed(
+    job: Job, source: AsyncGenerator[ChoiceDelta, None], state: AppState, scored: bool
+) -> AsyncGenerator[ChoiceDelta, None]:
+    """``source`` with each choice's prompt in front of its text, and scored like it."""
+    texts = [choice.prompt.text_or_decoded(state.tokenizer) for choice in job.choices]
+    started: set[int] = set()
+    async with aclosing(source):
+        async for plain in source:
+            delta = _shifted(plain, len(texts[plain.index]))
+            if delta.index not in started:
+                started.add(delta.index)
+                prompt = job.choices[delta.index].prompt.token_ids if scored else []
+                delta = _with_prompt(texts[delta.index], prompt, delta, state)
+            yield delta
+
+
+def _shifted(delta: ChoiceDelta, offset: int) -> ChoiceDelta:
+    return replace(delta, scored=[replace(one, offset=one.offset + offset) for one in delta.scored])
+
+
+def _with_prompt(
+    text: str, token_ids: list[int], delta: ChoiceDelta, state: AppState
+) -> ChoiceDelta:
+    scored = prompt_tokens(token_ids, delta.prompt_logprobs, state.tokenizer) if token_ids else []
+    return replace(delta, text=text + delta.text, scored=[*scored, *delta.scored])
+
+
+@dataclass(slots=True)
+class Gathered:
+    """All deltas of one choice together."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: int | str | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Append one delta."""
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.scored += delta.scored
+        self.prompt_logprobs += delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.texts)
+
+
+async def gather(
+    job: Job, source: AsyncGenerator[ChoiceDelta, None]
+) -> tuple[list[Gathered], Usage]:
+    """Every choice whole, by index, and what they took."""
+    gathered = [Gathered(choice.index) for choice in job.choices]
+    tally = Tally(job.prompts, len(job.choices) // len(job.prompts))
+    async with aclosing(source):
+        async for delta in source:
+            gathered[delta.index].add(delta)
+            tally.add(delta)
+    return gathered, tally.usage()
+
+
+class Tally:
+    """Counts tokens: a prompt once however many choices it has, the output of every choice."""
+
+    def __init__(self, prompts: Sequence[TokenPrompt], choices_per_prompt: int) -> None:
+        """Start with nothing generated."""
+        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._completion_tokens = 0
+        self._choices_per_prompt = choices_per_prompt
+        self._cached = [0] * len(prompts)
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Count one delta; of a prompt's choices the first tells what was cached before it."""
+        self._completion_tokens += len(delta.token_ids)
+        prompt, choice = divmod(delta.index, self._choices_per_prompt)
+        if choice == 0:
+            self._cached[prompt] = delta.cached_tokens
+
+    def usage(self) -> Usage:
+        """So far."""
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            total_tokens=self._prompt_tokens + self._completion_tokens,
+            prompt_tokens_details=CachedTokens(sum(self._cached)),
+        )

@@ -1,0 +1,36 @@
+"""``/health``, ``/ready``, ``/version`` and ``/metrics``: for those who operate the server."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from .state import State
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(state: State) -> dict[str, str]:
+    """Requests are served; 503 before that and while the engine is down."""
+    state.require_info()
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The installed version."""
+    return {"version": version("deltamux")}
+
+
+@router.get("/metrics")
+async def metrics(state: State) -> Response:
+    """Prometheus' text format."""
+    content, content_type = state.metrics.render(state.engine.info, state.engine.stats)
+    return Response(content, media_type=content_type)

@@ -1,0 +1,351 @@
+"""Request bodies, and the bounds every field must keep.
+
+Three rules hold for all of them. A null means the default. A field nobody knows is refused by name.
+A field of the OpenAI or vLLM API that this release does not serve is refused by name unless it has
+the value that asks for nothing.
+"""
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIASES = 1024
+
+_INT32_MAX = 2**31 - 1
+_INT64_MAX = 2**63 - 1
+
+_ANYTHING = object()
+# Accepted and without effect: they describe the caller, not the answer.
+_INERT: dict[str, object] = dict.fromkeys(
+    ("user", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"), _ANYTHING
+)
+# Fields of a later release or of no release, with the values that ask for nothing.
+_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    "adapters": ([],),
+    "store": (False,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "use_beam_search": (False,),
+    "beam_width": (1,),
+    "length_penalty": (1, 1.0),
+    "suffix": ("",),
+}
+
+TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+def refuse(param: str, message: str) -> PydanticCustomError:
+    """A validation error of a whole body that still names the field at fault."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+
+
+def _kind_of_prompt(value: object) -> str | None:
+    """Which of the four forms a prompt has, told by its first item."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    if isinstance(first, str):
+        return "texts"
+    return "token_lists" if isinstance(first, list) else "tokens"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(min_length=1), Tag("texts")]
+    | Annotated[TokenIds, Field(fail_fast=True), Tag("tokens")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("token_lists")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt_type",
+        custom_error_message="a prompt is text, a list of texts, token ids, or lists of token ids",
+    ),
+]
+
+
+class Body(BaseModel):
+    """What every request body shares."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_nothing(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and not cls._asks_nothing(name, value)
+        }
+
+    @classmethod
+    def _asks_nothing(cls, name: str, value: object) -> bool:
+        if name in cls.model_fields:
+            return False
+        if name in _INERT:
+            return True
+        if name not in _ASKS_NOTHING:
+            return False
+        if any(type(value) is type(idle) and value == idle for idle in _ASKS_NOTHING[name]):
+            return True
+        raise refuse(name, f"{name!r} is not served by this release; leave it out.")
+
+
+class StreamOptions(Body):
+    """What a stream carries beside text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+def _one_as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationBody(Body):
+    """The fields that completions and chat completions share."""
+
+    default_max_tokens: ClassVar[int | None] = None
+    prompt_field: ClassVar[str]
+
+    model: Text
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=_INT32_MAX)
+    min_tokens: int = Field(default=0, ge=0, le=_INT32_MAX)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, le=_INT32_MAX)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=MAX_LOGIT_BIASES
+    )
+    seed: int | None = Field(default=None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
+    stop: Annotated[
+        list[StopString], BeforeValidator(_one_as_list), Field(max_length=MAX_STOP_STRINGS)
+    ] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGIT_BIASES)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    priority: int = Field(default=0, ge=-_INT32_MAX, le=_INT32_MAX)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        for key in value:
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise PydanticCustomError("token_id", "the key {key} is no token id", {"key": key})
+        return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "GenerationBody":
+        if self.best_of is not None and self.best_of != self.n:
+            raise refuse("best_of", "'best_of' is not served; leave it out or set it to 'n'.")
+        if self.stream_options is not None and not self.stream:
+            raise refuse("stream_options", "'stream_options' needs 'stream': true.")
+        if self.stream and self.prompt_logprobs is not None:
+            raise refuse("prompt_logprobs", "'prompt_logprobs' is not available in a stream.")
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
+            raise refuse("min_tokens", "'min_tokens' is larger than 'max_tokens'.")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens asked for at most; None where the request does not say."""
+        return self.max_tokens
+
+    @property
+    def token_limit_field(self) -> str:
+        """The field ``token_limit`` came in."""
+        return "max_tokens"
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token; None for no log-probabilities."""
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``."""
+
+    default_max_tokens: ClassVar[int | None] = 16  # OpenAI's
+    prompt_field: ClassVar[str] = "prompt"
+
+    prompt: Prompt
+    echo: bool = False
+    add_special_tokens: bool = True
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token; None for no log-probabilities."""
+        return self.logprobs
+
+
+class TextPart(Body):
+    """A part of a message; text is the only kind a language model takes."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts_are_text(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list) else []
+        kinds = (part.get("type") for part in parts if isinstance(part, dict))
+        if other := next((kind for kind in kinds if kind != "text"), None):
+            message = "a content part of type {kind} is not served; only text is"
+            raise PydanticCustomError("content_part", message, {"kind": repr(other)})
+        return value
+
+    def flat(self) -> dict[str, str]:
+        """The turn as templates take it: one string; 'developer' is the new name of 'system'."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
+        role = "system" if self.role == "developer" else self.role
+        turn = {"role": role, "content": "\n".join(parts)}
+        return turn if self.name is None else turn | {"name": self.name}
+
+
+class Conversation(Body):
+    """What a chat template is rendered from."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ChatBody(GenerationBody, Conversation):
+    """``POST /v1/chat/completions``."""
+
+    prompt_field: ClassVar[str] = "messages"
+
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=_INT32_MAX)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _chat_fields_agree(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refuse("top_logprobs", "'top_logprobs' needs 'logprobs': true.")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise refuse("max_tokens", "'max_tokens' and 'max_completion_tokens' differ.")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens asked for at most; None where the request does not say."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def token_limit_field(self) -> str:
+        """The field ``token_limit`` came in."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeBody(Body):
+    """``POST /tokenize`` of a text or of a conversation.
+
+    Special tokens are added to a text unless told otherwise; a chat template writes its own.
+    """
+
+    model: Text | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise refuse("prompt", "Send either 'prompt' or 'messages'.")
+        return self
+
+    @property
+    def conversation(self) -> Conversation | None:
+        """The conversation, if it is one."""
+        if self.messages is None:
+            return None
+        return Conversation.model_construct(
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+class DetokenizeBody(Body):
+    """``POST /detokenize``."""
+
+    model: Text | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class AdapterBody(Body):
+    """``POST /v1/adapters``."""
+
+    name: str
+    path: str
+
+
+class LoadLoraBody(Body):
+    """vLLM's ``POST /v1/load_lora_adapter``."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class UnloadLoraBody(Body):
+    """vLLM's ``POST /v1/unload_lora_adapter``."""
+
+    lora_name: str = ""
+    lora_int_id: int | None = None

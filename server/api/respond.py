@@ -1,0 +1,86 @@
+"""Sends a job's answer, streamed or whole; the two generation routes differ in format alone."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from .answers import Usage
+from .choice import ChoiceDelta
+from .generate import Gathered, Job, Tally, gather
+from .protocol import GenerationBody, StreamOptions
+from .sse import EventStream, while_connected
+
+
+class Format(Protocol):
+    """How a route writes its answers."""
+
+    def opening(self) -> Sequence[msgspec.Struct]:
+        """Chunks before the first delta."""
+        ...
+
+    def chunk(self, delta: ChoiceDelta, usage: Usage | msgspec.UnsetType | None) -> msgspec.Struct:
+        """One delta."""
+        ...
+
+    def closing(self, usage: Usage) -> msgspec.Struct:
+        """The chunk without choices that carries the usage."""
+        ...
+
+    def whole(self, choices: list[Gathered], usage: Usage) -> msgspec.Struct:
+        """The whole answer."""
+        ...
+
+
+async def respond(
+    request: Request,
+    body: GenerationBody,
+    job: Job,
+    source: AsyncGenerator[ChoiceDelta, None],
+    form: Format,
+) -> Response:
+    """The answer of a job whose deltas ``source`` yields; closed when the client goes away.
+
+    A stream's headers wait for the first delta, so that an engine that is down or full still
+    answers with its own status.
+    """
+    if not body.stream:
+        choices, usage = await while_connected(request.receive, gather(job, source))
+        return json_response(form.whole(choices, usage))
+    first = await while_connected(request.receive, anext(source))
+    options = body.stream_options or StreamOptions()
+    return EventStream(_chunks(first, source, job, form, options))
+
+
+def json_response(answer: msgspec.Struct) -> Response:
+    """A struct as a JSON answer."""
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def _chunks(
+    first: ChoiceDelta,
+    rest: AsyncGenerator[ChoiceDelta, None],
+    job: Job,
+    form: Format,
+    options: StreamOptions,
+) -> AsyncGenerator[msgspec.Struct, None]:
+    tally = Tally(job.prompts, len(job.choices) // len(job.prompts))
+    async with aclosing(rest):
+        for chunk in form.opening():
+            yield chunk
+        tally.add(first)
+        yield form.chunk(first, _usage_of_chunk(tally, options))
+        async for delta in rest:
+            tally.add(delta)
+            yield form.chunk(delta, _usage_of_chunk(tally, options))
+    if options.include_usage:
+        yield form.closing(tally.usage())
+
+
+def _usage_of_chunk(tally: Tally, options: StreamOptions) -> Usage | msgspec.UnsetType | None:
+    if options.continuous_usage_stats:
+        return tally.usage()
+    return None if options.include_usage else msgspec.UNSET

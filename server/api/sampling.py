@@ -1,0 +1,94 @@
+"""From a request's fields to the engine's ``SamplingParams``, with the bounds the model sets."""
+
+import secrets
+from hashlib import blake2b
+
+from ..engine.messages import EngineInfo
+from ..generation import SamplingParams
+from .errors import InvalidRequest
+from .protocol import GenerationBody
+
+_SEED_MASK = 2**64 - 1
+
+
+def choice_seed(seed: int | None, choice: int) -> int:
+    """The 64-bit seed of one choice: the request's own for the first, distinct ones after it."""
+    if seed is None:
+        return secrets.randbits(64)
+    if choice == 0:
+        return seed & _SEED_MASK
+    digest = blake2b(f"{seed & _SEED_MASK}:{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def max_new_tokens(body: GenerationBody, prompt_len: int, max_model_len: int) -> int:
+    """Tokens the prompt leaves room for, at most what was asked for.
+
+    Raises:
+        InvalidRequest: The prompt leaves no room, or less than was asked for.
+    """
+    room = max_model_len - prompt_len
+    if room < 1:
+        raise InvalidRequest(
+            f"The prompt has {prompt_len} tokens; this model takes at most {max_model_len - 1} "
+            f"and one of output.",
+            body.prompt_field,
+        )
+    if body.token_limit is None:
+        return room if body.default_max_tokens is None else min(room, body.default_max_tokens)
+    if body.token_limit > room:
+        raise InvalidRequest(
+            f"The prompt's {prompt_len} tokens and {body.token_limit} tokens of output exceed this "
+            f"model's length of {max_model_len}.",
+            body.token_limit_field,
+        )
+    return body.token_limit
+
+
+def sampling_params(
+    body: GenerationBody,
+    choice: int,
+    max_tokens: int,
+    end_token_ids: tuple[int, ...],
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """How choice number ``choice`` of a prompt is sampled."""
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=choice_seed(body.seed, choice),
+        min_tokens=min(body.min_tokens, max_tokens),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={int(token_id): bias for token_id, bias in body.logit_bias.items()},
+        end_token_ids=() if body.ignore_eos else end_token_ids,
+        stop_token_ids=tuple(body.stop_token_ids),
+        logprobs=body.num_logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def check_token_ids(body: GenerationBody, info: EngineInfo) -> None:
+    """Refuse token ids the model does not have.
+
+    Raises:
+        InvalidRequest: One of ``logit_bias`` or ``stop_token_ids``.
+    """
+    check_vocabulary([int(key) for key in body.logit_bias], info, "logit_bias")
+    check_vocabulary(body.stop_token_ids, info, "stop_token_ids")
+
+
+def check_vocabulary(token_ids: list[int], info: EngineInfo, param: str) -> None:
+    """Refuse token ids the model does not have.
+
+    Raises:
+        InvalidRequest: Naming ``param`` and the largest id.
+    """
+    if token_ids and (largest := max(token_ids)) >= info.vocab_size:
+        raise InvalidRequest(
+            f"{param}: token id {largest} is outside the vocabulary of {info.vocab_size}.", param
+        )

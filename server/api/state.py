@@ -1,0 +1,75 @@
+"""What the routes work with, made once by the command line and handed to ``create_app``."""
+
+from dataclasses import dataclass, field
+from time import time
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from ..engine.errors import EngineUnavailable
+from ..engine.messages import EngineInfo
+from ..metrics import Metrics
+from ..text.tokenizer import Tokenizer
+from .engine_port import EnginePort
+from .registry import AdapterRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        max_body_bytes: Larger bodies are refused while they are read.
+        max_sequences: Prompts times choices of one request.
+        inline_characters: Texts up to this length are tokenized on the event loop; longer ones
+            would hold up other streams and go to a thread.
+    """
+
+    max_body_bytes: int = 16 * 2**20
+    max_sequences: int = 1024
+    inline_characters: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    """Everything a route needs.
+
+    Attributes:
+        engine: Where sequences run.
+        tokenizer: Of the base model.
+        registry: The adapters.
+        metrics: What ``/metrics`` shows.
+        model_root: Where the base came from, for ``/v1/models``.
+        limits: What one request may ask for.
+        created: Unix time the server started.
+    """
+
+    engine: EnginePort
+    tokenizer: Tokenizer
+    registry: AdapterRegistry
+    metrics: Metrics
+    model_root: str
+    limits: Limits = Limits()
+    created: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def model_name(self) -> str:
+        """The name the base is served under."""
+        return self.registry.base_name
+
+    def require_info(self) -> EngineInfo:
+        """What the engine runs.
+
+        Raises:
+            EngineUnavailable: It is down.
+        """
+        if self.engine.info is None:
+            raise EngineUnavailable("The engine is starting or restarting; try again shortly.")
+        return self.engine.info
+
+
+def _state_of(request: Request) -> AppState:
+    return cast(AppState, request.app.state.api)
+
+
+State = Annotated[AppState, Depends(_state_of)]

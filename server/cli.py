@@ -1,0 +1,287 @@
+"""The ``deltamux`` command. Errors of use exit 2 with one line that says what to do."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from .config import ServeConfig, default_state_dir, parse_bytes
+
+_LATER = "is not in this release; see the roadmap in CHANGELOG.md"
+
+
+class _Bytes(click.ParamType[int, object]):
+    """A size in bytes, written plainly or as 512MiB."""
+
+    name = "bytes"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Parse the text; a number is taken as it is."""
+        try:
+            return value if isinstance(value, int) else parse_bytes(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _NamedAdapter(click.ParamType[tuple[str, Path], object]):
+    """NAME=PATH."""
+
+    name = "name=path"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        """Split at the first equals sign."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = str(value).partition("=")
+        if not (name and equals and path):
+            self.fail(f"{value!r} is not NAME=PATH", param, ctx)
+        return name, Path(path)
+
+
+def _option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option with its ``DELTAMUX_`` environment twin."""
+    name = flag.split("/")[0].removeprefix("--").removeprefix("no-")
+    return click.option(
+        flag,
+        envvar=f"DELTAMUX_{name.replace('-', '_').upper()}",
+        show_envvar=True,
+        show_default=attributes.pop("show_default", True),
+        **attributes,
+    )
+
+
+def _read_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the options that are not given."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise click.UsageError(f"config file {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise click.UsageError(f"config file {path}: must be a mapping of option names to values")
+    known = {param.name for param in ctx.command.params if param.name != "config"}
+    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(named) - known):
+        raise click.UsageError(
+            f"config file {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    ctx.default_map = named
+    return path
+
+
+def _refuse(*later: str) -> Callable[[click.Context, click.Parameter, str], str]:
+    """Values that are named here for what they will mean, and refused until they do."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: str) -> str:
+        if value in later:
+            raise click.UsageError(f"{param.opts[0]} {value} {_LATER}", ctx)
+        return value
+
+    return check
+
+
+def main() -> None:
+    """Run the command line; an error of use is one line on standard error and exit status 2."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"deltamux: {error.format_message()}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="deltamux")
+def cli() -> None:
+    """Serve many fine-tunes of one frozen base model."""
+
+
+@cli.command()
+@click.argument("model", default="smollm2", envvar="DELTAMUX_MODEL")
+@_option(
+    "--served-model-name", metavar="NAME", help="The base's name in the API.  [default: MODEL]"
+)
+@_option(
+    "--adapter",
+    type=_NamedAdapter(),
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Serve an adapter folder; a refused one stops the start. Repeatable.",
+)
+@_option(
+    "--adapter-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    multiple=True,
+    help="Serve every adapter folder directly inside, under its folder's name; a refused one is "
+    "listed as failed. Repeatable.",
+)
+@_option("--tenants", type=click.Path(path_type=Path), help="Tenants file (later release).")
+@_option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=default_state_dir,
+    show_default="the user's state folder",
+    help="Where converted models are kept.",
+)
+@_option("--host", default="127.0.0.1", help="Address to listen on.")
+@_option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on.")
+@_option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    callback=_refuse("cuda"),
+    help="Where the base lives.",
+)
+@_option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    help="auto: bfloat16 where the processor computes in it, else float32.",
+)
+@_option(
+    "--quantization",
+    type=click.Choice(["none", "nf4", "int8", "int4"]),
+    default="none",
+    callback=_refuse("nf4", "int8", "int4"),
+    help="Of the base's weights.",
+)
+@_option(
+    "--max-model-len",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Longest prompt and output together.  [default: the model's]",
+)
+@_option(
+    "--max-num-seqs",
+    type=click.IntRange(1, 4096),
+    default=64,
+    metavar="N",
+    help="Sequences in one step.",
+)
+@_option(
+    "--max-num-batched-tokens",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    help="Tokens in one step; longer prompts are computed in chunks.",
+)
+@_option(
+    "--max-waiting",
+    type=click.IntRange(0),
+    default=1024,
+    metavar="N",
+    help="Requests that may wait beyond those that run; more are answered 429.",
+)
+@_option(
+    "--block-size",
+    type=click.IntRange(1, 1024),
+    default=16,
+    metavar="N",
+    help="Tokens of one KV block.",
+)
+@_option(
+    "--memory-budget",
+    type=_Bytes(),
+    default="4GiB",
+    metavar="BYTES",
+    help="Device memory for KV cache and adapters, beside the base's weights.",
+)
+@_option(
+    "--host-memory-budget",
+    type=_Bytes(),
+    default="4GiB",
+    metavar="BYTES",
+    help="Host memory for adapters that are not on the device.",
+)
+@_option(
+    "--prefix-caching/--no-prefix-caching",
+    default=True,
+    help="Share the computed blocks of common prefixes.",
+)
+@_option(
+    "--kernels",
+    type=click.Choice(["auto", "compiled", "reference"]),
+    default="auto",
+    help="Device operations: compiled C++, or plain torch.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="DELTAMUX_CONFIG",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config_file,
+    help="YAML file with these options as keys; given options and the environment win.",
+)
+def serve(
+    model: str,
+    served_model_name: str | None,
+    adapter: tuple[tuple[str, Path], ...],
+    adapter_dir: tuple[Path, ...],
+    tenants: Path | None,
+    device: str,
+    quantization: str,
+    **options: Any,
+) -> None:
+    """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
+    del device, quantization
+    if tenants is not None:
+        raise click.UsageError(
+            f"--tenants {_LATER}; without it the server is open to whom it listens to"
+        )
+    config = ServeConfig(
+        model=model,
+        served_model_name=served_model_name or model,
+        adapters=adapter,
+        adapter_dirs=adapter_dir,
+        **options,
+    )
+    # Here and not above, so that --help does not wait for transformers.
+    from .serve import ServeError, run
+
+    try:
+        run(config)
+    except ServeError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(path: Path) -> None:
+    """Tell what an adapter folder is: kind, rank, size, primitives; or why it is refused."""
+    from ..adapters.errors import AdapterError
+    from ..adapters.inspect import describe
+
+    try:
+        click.echo(describe(path))
+    except AdapterError as error:
+        click.echo(f"refused: {type(error).__name__}: {error}")
+        raise SystemExit(1) from error
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Benchmarks (later release; benchmarks/serve.py is the load generator of this one)."""
+    raise click.UsageError(
+        f"bench {' '.join(arguments)} {_LATER}; benchmarks/serve.py measures a running server"
+    )
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1)
+def tenants(arguments: tuple[str, ...]) -> None:
+    """Manage tenants (later release)."""
+    raise click.UsageError(f"tenants {' '.join(arguments)} {_LATER}")

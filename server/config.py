@@ -1,0 +1,52 @@
+"""What ``deltamux serve`` was asked to do, checked; and the sizes a person may write."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The options of ``deltamux serve``; their meaning stands in the command's help."""
+
+    model: str
+    served_model_name: str
+    adapters: tuple[tuple[str, Path], ...]
+    adapter_dirs: tuple[Path, ...]
+    state_dir: Path
+    host: str
+    port: int
+    dtype: str
+    kernels: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_waiting: int
+    block_size: int
+    memory_budget: int
+    host_memory_budget: int
+    prefix_caching: bool
+
+
+def default_state_dir() -> Path:
+    """The user's state folder."""
+    return Path(platformdirs.user_state_dir("deltamux"))
+
+
+def parse_bytes(text: str) -> int:
+    """``4GiB``, ``512MB``, ``1.5G`` or plain bytes -> bytes; a lone letter counts in 1024s.
+
+    Raises:
+        ValueError: The text is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes, or like 512MiB or 4GB")
+    number, letter, binary = match.groups()
+    decimal = text.strip().lower().endswith("b") and letter and not binary
+    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[letter.lower()])

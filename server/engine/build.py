@@ -1,0 +1,113 @@
+"""Puts the engine's parts together. Imports torch, so only the engine process imports this."""
+
+from pathlib import Path
+
+import torch
+
+from ...adapters.errors import AdapterTooLarge
+from ...adapters.lower import lower
+from ...adapters.pool import AdapterPool
+from ...adapters.primitives import LoweredAdapter
+from ...adapters.residency import Residency
+from ...kernels.backend import select_backend
+from ..model.decoder import Decoder
+from ..model.loader import load_model
+from ..runner.runner import Runner
+from ..scheduler.block_manager import BlockManager
+from ..scheduler.limits import SchedulerLimits
+from ..scheduler.scheduler import Scheduler
+from .config import ADAPTER_SHARE, EngineConfig
+from .core import Engine
+from .host_tier import HostTier
+from .messages import EngineInfo
+
+
+def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
+    """Load the base, allocate the device memory and put the parts together."""
+    backend = select_backend(config.kernels)
+    dtype = _resolve_dtype(config.dtype)
+    device = torch.device(config.device)
+    decoder = load_model(Path(config.model_folder), dtype, device, backend)
+    max_model_len = _max_model_len(config, decoder)
+    pool = AdapterPool(
+        decoder.layout,
+        num_slots=4 * config.max_num_seqs,
+        capacity_bytes=int(config.memory_budget * ADAPTER_SHARE),
+        dtype=dtype,
+        device=device,
+    )
+    num_blocks = _num_blocks(config, decoder)
+    host = HostTier(
+        lambda path: _lower_to_fit(path, decoder, dtype, pool), config.host_memory_budget
+    )
+    residency = Residency(pool, host.lowered)
+    blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+    limits = SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    runner = Runner(
+        decoder,
+        decoder.new_kv_cache(num_blocks, config.block_size),
+        backend,
+        pool.table,
+        residency.slot,
+    )
+    engine = Engine(Scheduler(limits, blocks, residency), blocks, runner, host, residency)
+    info = EngineInfo(
+        model_type=decoder.config.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        device=config.device,
+        kernels=backend.name,
+        vocab_size=decoder.config.vocab_size,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        adapter_slots=4 * config.max_num_seqs,
+    )
+    return engine, host, info
+
+
+def _resolve_dtype(name: str) -> torch.dtype:
+    """``auto`` is bfloat16 where the processor multiplies in it, else float32."""
+    if name == "auto":
+        features = torch.cpu.get_capabilities()
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+        return torch.bfloat16 if fast else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def _max_model_len(config: EngineConfig, decoder: Decoder) -> int:
+    longest = decoder.config.max_position
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ValueError(
+            f"--max-model-len {config.max_model_len} exceeds the base model's {longest} positions"
+        )
+    return config.max_model_len
+
+
+def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
+    budget = int(config.memory_budget * (1 - ADAPTER_SHARE))
+    num_blocks = budget // (decoder.kv_bytes_per_token * config.block_size)
+    if num_blocks < 1:
+        raise ValueError(
+            f"--memory-budget {config.memory_budget} holds no KV block of {config.block_size} "
+            f"tokens ({decoder.kv_bytes_per_token} bytes a token); raise it"
+        )
+    return num_blocks
+
+
+def _lower_to_fit(
+    path: Path, decoder: Decoder, dtype: torch.dtype, pool: AdapterPool
+) -> LoweredAdapter:
+    adapter = lower(path, decoder.layout, dtype)
+    if not pool.fits_at_all(adapter):
+        raise AdapterTooLarge(
+            f"the adapter at {path} needs {pool.bytes_of(adapter)} bytes on the device, more than "
+            f"the adapters' share of --memory-budget; raise it"
+        )
+    return adapter

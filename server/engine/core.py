@@ -1,0 +1,251 @@
+"""The engine: takes commands between steps, runs one step at a time, reports what it did."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...adapters.errors import AdapterError
+from ...adapters.primitives import LoweredAdapter
+from ...adapters.residency import Residency
+from ..generation import FinishReason, GenerationRequest, SequenceUpdate
+from ..runner.runner import Runner
+from ..scheduler.block_manager import BlockManager
+from ..scheduler.errors import SequenceRefused
+from ..scheduler.scheduler import Scheduler
+from ..scheduler.sequence import Sequence
+from .host_tier import HostTier, LoadResult
+from .messages import (
+    Abort,
+    AdapterInfo,
+    AdapterLoaded,
+    AdapterRefused,
+    AdapterUnloaded,
+    EngineStats,
+    Event,
+    LoadAdapter,
+    StepOutputs,
+    Submit,
+    UnloadAdapter,
+)
+
+
+@dataclass(slots=True)
+class _Registration:
+    """A registered adapter.
+
+    Attributes:
+        announced: Whether its first load has been answered.
+        unloading: Whether it goes as soon as no request holds it.
+        waiting: Requests that wait for it to be in host memory.
+    """
+
+    announced: bool = False
+    unloading: bool = False
+    waiting: list[GenerationRequest] = field(default_factory=list)
+
+
+class Engine:
+    """Scheduler, runner and adapter tiers of one process, driven by ``handle`` and ``step``."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        runner: Runner,
+        host: HostTier,
+        residency: Residency[LoweredAdapter],
+    ) -> None:
+        """Drive these parts; nothing else may touch them."""
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._runner = runner
+        self._host = host
+        self._residency = residency
+        self._registrations: dict[int, _Registration] = {}
+        self._live: dict[str, int | None] = {}
+        self._events: list[Event] = []
+        self._updates: list[SequenceUpdate] = []
+        self._arrivals = 0
+        self._step_tokens = 0
+        self._counted = _Counters()
+        self._stats_stale = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work
+
+    def handle(self, command: Submit | Abort | LoadAdapter | UnloadAdapter) -> None:
+        """Take one command; its answer comes with ``drain``."""
+        self._stats_stale = True
+        match command:
+            case Submit():
+                self._submit(command.request)
+            case Abort():
+                for request_id in command.request_ids:
+                    self._abort(request_id)
+            case LoadAdapter():
+                self._registrations[command.adapter_id] = _Registration()
+                self._host.register(command.adapter_id, Path(command.path), command.digest)
+            case UnloadAdapter():
+                self._registrations[command.adapter_id].unloading = True
+                self._unload_if_idle(command.adapter_id)
+
+    def take_loads(self) -> None:
+        """Take in the loads that ended in the background."""
+        for result in self._host.completed():
+            self._end_load(result)
+            self._stats_stale = True
+
+    def step(self) -> None:
+        """Compute one step for the sequences the scheduler chooses."""
+        plan = self._scheduler.schedule()
+        if not (plan.scheduled or plan.unservable):
+            raise RuntimeError("the scheduler has work but planned none")
+        results = self._runner.run(plan) if plan.scheduled else []
+        for update in self._scheduler.commit(plan, results):
+            self._report(update)
+        self._step_tokens = plan.num_tokens
+        self._stats_stale = True
+
+    def check_integrity(self) -> None:
+        """Balance the books of blocks, sequences and resident adapters.
+
+        Raises:
+            AccountingError: Those of the scheduler or the block manager do not balance.
+            ResidencyError: Those of the device's adapters do not.
+        """
+        self._scheduler.check_integrity()
+        self._residency.check_integrity()
+
+    def drain(self) -> list[Event]:
+        """Everything to tell the HTTP process since the last call."""
+        events, self._events = self._events, []
+        if self._stats_stale:
+            updates, self._updates = self._updates, []
+            events.append(StepOutputs(updates, self._stats()))
+            self._stats_stale = False
+        return events
+
+    def _submit(self, request: GenerationRequest) -> None:
+        adapter_id = request.adapter_id
+        if adapter_id is not None and not self._is_served(adapter_id):
+            self._updates.append(_failed(request.request_id, "the adapter was unloaded"))
+            return
+        self._live[request.request_id] = adapter_id
+        if adapter_id is None or self._host.hold(adapter_id):
+            self._start(request)
+        else:
+            self._registrations[adapter_id].waiting.append(request)
+
+    def _is_served(self, adapter_id: int) -> bool:
+        registration = self._registrations.get(adapter_id)
+        return registration is not None and not registration.unloading
+
+    def _start(self, request: GenerationRequest) -> None:
+        self._arrivals += 1
+        try:
+            self._scheduler.add(Sequence(request, self._salt(request), self._arrivals))
+        except SequenceRefused as error:
+            self._report(_failed(request.request_id, str(error)))
+
+    def _salt(self, request: GenerationRequest) -> bytes:
+        """What keeps the request's cached prefixes from others': adapter version and cache salt."""
+        adapter_id = request.adapter_id
+        digest = "" if adapter_id is None else self._host.digest(adapter_id)
+        return f"{digest}/{request.cache_salt or ''}".encode()
+
+    def _abort(self, request_id: str) -> None:
+        if request_id not in self._live:
+            return
+        adapter_id = self._live[request_id]
+        if not self._scheduler.abort(request_id) and adapter_id is not None:
+            registration = self._registrations[adapter_id]
+            registration.waiting = [r for r in registration.waiting if r.request_id != request_id]
+        self._forget(request_id)
+
+    def _report(self, update: SequenceUpdate) -> None:
+        self._updates.append(update)
+        if update.finish_reason is not None:
+            self._forget(update.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        adapter_id = self._live.pop(request_id)
+        if adapter_id is not None:
+            self._host.release(adapter_id)
+            self._unload_if_idle(adapter_id)
+
+    def _end_load(self, result: LoadResult) -> None:
+        registration = self._registrations[result.adapter_id]
+        waiting, registration.waiting = registration.waiting, []
+        if isinstance(result.outcome, LoweredAdapter):
+            if not registration.announced:
+                self._events.append(AdapterLoaded(result.adapter_id, _info(result.outcome)))
+            registration.announced = True
+            for request in waiting:
+                self._start(request)
+        else:
+            for request in waiting:
+                reason = f"its adapter could not be loaded: {result.outcome}"
+                self._report(_failed(request.request_id, reason))
+            if not registration.announced:
+                self._refuse(result.adapter_id, result.outcome)
+
+    def _refuse(self, adapter_id: int, error: AdapterError) -> None:
+        self._host.forget(adapter_id)
+        del self._registrations[adapter_id]
+        self._events.append(AdapterRefused(adapter_id, type(error).__name__, str(error)))
+
+    def _unload_if_idle(self, adapter_id: int) -> None:
+        if not self._registrations[adapter_id].unloading or self._host.is_held(adapter_id):
+            return
+        self._residency.drop(adapter_id)
+        self._host.forget(adapter_id)
+        del self._registrations[adapter_id]
+        self._events.append(AdapterUnloaded(adapter_id))
+
+    def _stats(self) -> EngineStats:
+        step_tokens, self._step_tokens = self._step_tokens, 0
+        before, now = self._counted, self._counters()
+        self._counted = now
+        parked = sum(len(registration.waiting) for registration in self._registrations.values())
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting + parked,
+            blocks_used=self._blocks.num_used,
+            blocks_total=self._blocks.num_blocks,
+            step_tokens=step_tokens,
+            prefix_queries=now.prefix_queries - before.prefix_queries,
+            prefix_hits=now.prefix_hits - before.prefix_hits,
+            preemptions=now.preemptions - before.preemptions,
+            device_adapters=self._residency.resident(),
+        )
+
+    def _counters(self) -> "_Counters":
+        return _Counters(
+            self._blocks.prefix_queries, self._blocks.prefix_hits, self._scheduler.num_preemptions
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Counters:
+    """Totals at the last report."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+def _failed(request_id: str, reason: str) -> SequenceUpdate:
+    return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=reason)
+
+
+def _info(adapter: LoweredAdapter) -> AdapterInfo:
+    return AdapterInfo(
+        digest=adapter.digest,
+        kind=adapter.kind,
+        library=adapter.library,
+        rank=adapter.rank,
+        num_parameters=adapter.num_elements,
+        num_bytes=adapter.num_bytes,
+        targets=sorted({primitive.target.path for primitive in adapter.primitives}),
+    )

@@ -1,0 +1,95 @@
+"""The engine process: builds the engine, then alternates between commands and steps.
+
+It ends on ``Shutdown``, when the HTTP process goes away, or when anything raises: the HTTP process
+sees it end and starts another.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+
+import msgspec
+import zmq
+
+from .config import EngineConfig
+from .messages import Command, EngineFailed, Event, Shutdown
+
+logger = logging.getLogger(__name__)
+
+
+def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
+    """Entry point of the process; returns when it is told to shut down."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    context = zmq.Context()
+    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    commands.connect(command_url)
+    events.connect(event_url)
+    mailbox = _Mailbox(commands, events)
+    try:
+        _serve(config, mailbox)
+    except Exception as error:
+        logger.exception("the engine stops")
+        mailbox.send([EngineFailed(f"{type(error).__name__}: {error}")])
+        raise SystemExit(1) from error
+    finally:
+        context.destroy(linger=1000)
+
+
+def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
+    # Here and not above: the HTTP process imports this module too and has no use for torch.
+    from .build import build_engine
+
+    engine, host, info = build_engine(config)
+    mailbox.watch(host.wakeup)
+    mailbox.send([info])
+    while True:
+        for command in mailbox.receive(wait=not engine.has_work):
+            if isinstance(command, Shutdown):
+                host.close()
+                return
+            engine.handle(command)
+        engine.take_loads()
+        if engine.has_work:
+            engine.step()
+        mailbox.send(engine.drain())
+
+
+class _Mailbox:
+    """The two sockets, and what else wakes an idle engine."""
+
+    def __init__(self, commands: "zmq.Socket[bytes]", events: "zmq.Socket[bytes]") -> None:
+        self._commands = commands
+        self._events = events
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._poller = zmq.Poller()
+        self._poller.register(commands, zmq.POLLIN)
+        self._wakeup: int | None = None
+        parent = multiprocessing.parent_process()
+        self._parent = None if parent is None else parent.sentinel
+        if self._parent is not None:
+            self._poller.register(self._parent, zmq.POLLIN)
+
+    def watch(self, wakeup: int) -> None:
+        """Wake also when this eventfd is written."""
+        self._wakeup = wakeup
+        self._poller.register(wakeup, zmq.POLLIN)
+
+    def receive(self, wait: bool) -> list[Command]:
+        """All commands that are there; with ``wait``, sleep until there is something to do."""
+        ready = dict(self._poller.poll(None if wait else 0))
+        if self._parent in ready:
+            return [Shutdown()]
+        if self._wakeup is not None and self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+        commands: list[Command] = []
+        while self._commands.poll(0):
+            commands.append(self._decoder.decode(self._commands.recv()))
+        return commands
+
+    def send(self, events: list[Event]) -> None:
+        """Pass events to the HTTP process."""
+        for event in events:
+            self._events.send(self._encoder.encode(event))

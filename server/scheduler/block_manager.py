@@ -1,0 +1,207 @@
+"""The books of the paged KV cache: which block is whose, and which contents can be found again.
+
+Every block is in exactly one state:
+
+    free          holds nothing
+    cached-free   held by nobody, but its contents can still be found; reused in LRU order
+    in use        held by one or more sequences (several only for a shared, full prefix block)
+
+Nothing is ever written to a block that two sequences hold: only full blocks are shared, and a
+sequence writes behind its full blocks.
+"""
+
+from collections import Counter, OrderedDict
+
+from .block_hash import block_hashes
+from .errors import KVAccountingError
+from .sequence import Sequence
+
+
+class BlockManager:
+    """Gives cache blocks to sequences, takes them back, and finds cached prefixes.
+
+    Attributes:
+        num_blocks: Blocks of the cache.
+        block_size: Tokens of a block.
+        prefix_queries: Tokens looked up in the prefix cache by admitted sequences.
+        prefix_hits: Tokens of these that were found.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
+        """Start with every block free."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(
+                f"a KV cache needs at least one block of one token, not {num_blocks} blocks of"
+                f" {block_size} tokens"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._prefix_caching = enable_prefix_caching
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached_free: OrderedDict[int, None] = OrderedDict()
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._holders: set[Sequence] = set()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the whole cache holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be given out, cached-free ones included."""
+        return len(self._free) + len(self._cached_free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks held by sequences."""
+        return self.num_blocks - self.num_free
+
+    def find_cached(self, sequence: Sequence, limit: int) -> list[int]:
+        """Blocks with the longest cached prefix of at most ``limit`` tokens; changes nothing."""
+        if not self._prefix_caching:
+            return []
+        found: list[int] = []
+        num_full = min(limit, len(sequence.token_ids)) // self.block_size
+        for name in block_hashes(sequence, num_full, self.block_size)[:num_full]:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def can_allocate(self, cached: list[int], num_tokens: int, spare: int = 0) -> bool:
+        """Whether ``num_tokens`` tokens, ``cached`` among them, fit and leave ``spare`` blocks."""
+        num_shared = sum(1 for block in cached if self._ref_counts[block])
+        return self._blocks_for(num_tokens) - num_shared + spare <= self.num_free
+
+    def allocate(self, sequence: Sequence, cached: list[int], num_tokens: int) -> None:
+        """Give the sequence the ``cached`` blocks and new ones, for ``num_tokens`` tokens in all.
+
+        Raises:
+            KVAccountingError: The sequence holds blocks already, or ``can_allocate`` would say no.
+        """
+        if sequence in self._holders or not self.can_allocate(cached, num_tokens):
+            raise KVAccountingError(
+                f"cannot allocate {num_tokens} tokens to {sequence.request.request_id}:"
+                f" it holds {len(sequence.block_table)} blocks and {self.num_free} are free"
+            )
+        self._holders.add(sequence)
+        for block in cached:
+            if not self._ref_counts[block]:
+                del self._cached_free[block]
+            self._ref_counts[block] += 1
+        sequence.block_table = list(cached)
+        self.extend(sequence, num_tokens)
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make the table cover ``num_tokens`` tokens; False, with nothing done, if it cannot."""
+        missing = self._blocks_for(num_tokens) - len(sequence.block_table)
+        if missing > self.num_free:
+            return False
+        for _ in range(missing):
+            sequence.block_table.append(self._take())
+        return True
+
+    def publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make the blocks that became full as tokens ``start .. end`` were computed findable.
+
+        Where equal contents are findable already, they stay so and the duplicate stays private.
+        """
+        first, last = start // self.block_size, end // self.block_size
+        if first == last or not self._prefix_caching:
+            return
+        names = block_hashes(sequence, last, self.block_size)
+        for block, name in zip(sequence.block_table[first:last], names[first:last], strict=True):
+            if self._block_of.setdefault(name, block) == block:
+                self._hash_of[block] = name
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find the sequence's blocks any more: what they hold is not to be trusted."""
+        for block in sequence.block_table:
+            self._unpublish(block)
+
+    def free(self, sequence: Sequence) -> None:
+        """Take the sequence's blocks back; the end of a prefix is reused before its beginning.
+
+        Raises:
+            KVAccountingError: The sequence holds none.
+        """
+        if sequence not in self._holders:
+            raise KVAccountingError(f"{sequence.request.request_id} holds no blocks to free")
+        self._holders.remove(sequence)
+        for block in reversed(sequence.block_table):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
+                continue
+            if self._hash_of[block] is None:
+                self._free.append(block)
+            else:
+                self._cached_free[block] = None
+        sequence.block_table = []
+
+    def record_lookup(self, num_tokens: int, num_found: int) -> None:
+        """Count one lookup of an admitted sequence in the statistics."""
+        if self._prefix_caching:
+            self.prefix_queries += num_tokens
+            self.prefix_hits += num_found
+
+    def check_integrity(self) -> None:
+        """Balance the books.
+
+        Raises:
+            KVAccountingError: A block is not in exactly one state, its reference count is not the
+                number of tables that name it, or hashes and blocks do not map to each other.
+        """
+        self._check_references()
+        self._check_states()
+        self._check_hashes()
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached_free.popitem(last=False)
+            self._unpublish(block)
+        self._ref_counts[block] = 1
+        return block
+
+    def _unpublish(self, block: int) -> None:
+        name = self._hash_of[block]
+        if name is not None:
+            del self._block_of[name]
+            self._hash_of[block] = None
+
+    def _check_references(self) -> None:
+        tables = Counter(block for holder in self._holders for block in holder.block_table)
+        counted = {block: count for block, count in enumerate(self._ref_counts) if count}
+        if counted != tables:
+            raise KVAccountingError(f"reference counts {counted} but block tables {dict(tables)}")
+
+    def _check_states(self) -> None:
+        in_use = [block for block, count in enumerate(self._ref_counts) if count]
+        if sorted([*self._free, *self._cached_free, *in_use]) != list(range(self.num_blocks)):
+            raise KVAccountingError(
+                f"blocks not in exactly one state: free {self._free},"
+                f" cached-free {list(self._cached_free)}, in use {in_use}"
+            )
+
+    def _check_hashes(self) -> None:
+        named = {name: block for block, name in enumerate(self._hash_of) if name is not None}
+        if named != self._block_of:
+            raise KVAccountingError("block hashes and the index of findable blocks differ")
+        for block in self._free:
+            if self._hash_of[block] is not None:
+                raise KVAccountingError(f"free block {block} is findable")
+        for block in self._cached_free:
+            if self._hash_of[block] is None:
+                raise KVAccountingError(f"cached-free block {block} cannot be found")

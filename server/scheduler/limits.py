@@ -1,0 +1,44 @@
+"""How much one step and one sequence may hold."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The scheduler's bounds, checked when made.
+
+    Attributes:
+        max_num_seqs: Sequences that run at once.
+        max_num_batched_tokens: Rows of one step. At least ``max_num_seqs``, so that every running
+            sequence can decode in every step.
+        max_model_len: Tokens of one sequence, prompt and output.
+        max_overtakes: Steps in which a sequence that waits for an adapter slot may be overtaken;
+            after these nothing passes it until it runs.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_overtakes: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse bounds under which some sequence could never run.
+
+        Raises:
+            ValueError: A bound is too small; the message names it.
+        """
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        if self.max_model_len < 2:
+            raise ValueError(
+                f"max_model_len must be at least 2 (one prompt and one output token), not"
+                f" {self.max_model_len}"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
+                f" max_num_seqs ({self.max_num_seqs}), because every running sequence decodes one"
+                " token in every step: raise the first or lower the second"
+            )
+        if self.max_overtakes < 0:
+            raise ValueError(f"max_overtakes must not be negative, but is {self.max_overtakes}")

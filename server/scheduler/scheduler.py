@@ -1,0 +1,280 @@
+"""Continuous batching: chooses the tokens of every step and takes the results in.
+
+A sequence is a list of tokens of which the first ``num_computed_tokens`` are in the KV cache; a
+step moves that mark. Decoding, chunked prefill, a cached prefix and recomputation after preemption
+are all the same case: some tokens are not computed yet.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from ..generation import SequenceUpdate
+from .adapter_slots import AdapterSlots
+from .block_manager import BlockManager
+from .errors import AccountingError, SequenceRefused, SequenceTooLong
+from .limits import SchedulerLimits
+from .outcome import failed, outcome
+from .plan import ScheduledSequence, SequenceResult, StepPlan
+from .sequence import Sequence
+from .waiting import WaitingQueue
+
+_order = attrgetter("order")
+
+_NO_SLOT = (
+    "the adapter gets no room on the device even while no other is in use: serve with a larger"
+    " --memory-budget"
+)
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step being put together; ``budget`` is the rows it still has room for."""
+
+    budget: int
+    scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    unservable: list[Sequence] = field(default_factory=list)
+    preempted: bool = False
+
+    def put(self, sequence: Sequence) -> None:
+        """Compute as much of the sequence as there is room for."""
+        start = sequence.num_computed_tokens
+        total = len(sequence.token_ids)
+        end = min(total, start + self.budget)
+        self.budget -= end - start
+        self.scheduled[sequence] = ScheduledSequence(sequence, start, end, samples=end == total)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Give the room of a preempted sequence to the others."""
+        self.preempted = True
+        item = self.scheduled.pop(sequence, None)
+        if item is not None:
+            self.budget += item.num_tokens
+
+
+class Scheduler:
+    """Decides which sequences run, and ends each of them exactly once.
+
+    Attributes:
+        limits: Its bounds.
+        num_preemptions: Times a running sequence was taken off the device to be recomputed.
+    """
+
+    def __init__(
+        self, limits: SchedulerLimits, blocks: BlockManager, adapters: AdapterSlots
+    ) -> None:
+        """Start with no sequence."""
+        self.limits = limits
+        self.num_preemptions = 0
+        self._blocks = blocks
+        self._adapters = adapters
+        self._sequences: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._waiting = WaitingQueue()
+
+    @property
+    def max_tokens_that_fit(self) -> int:
+        """Tokens of one sequence at most: what the model and the whole cache can hold."""
+        return min(self.limits.max_model_len, self._blocks.num_tokens)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold cache blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences to be admitted, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not ended."""
+        return bool(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue the sequence.
+
+        Raises:
+            SequenceTooLong: Its tokens leave no room for another.
+            SequenceRefused: It has no prompt, nothing left to generate, or the id of a live one.
+        """
+        self._check_can_run(sequence)
+        self._sequences[sequence.request.request_id] = sequence
+        self._waiting.add(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """End the sequence now, without an update; False if it has ended already."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        if request_id not in self._running:
+            self._waiting.remove(sequence)
+        self._end(sequence)
+        return True
+
+    def schedule(self) -> StepPlan:
+        """The next step: decode rows first, then running prefills, then newly admitted ones."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._schedule_running(step)
+        # What a preemption freed belongs to those it was freed for.
+        if not step.preempted:
+            self._admit(step)
+        return StepPlan(tuple(step.scheduled.values()), tuple(step.unservable))
+
+    def commit(self, plan: StepPlan, results: Iterable[SequenceResult]) -> list[SequenceUpdate]:
+        """Take in the results of ``plan``, one per scheduled sequence, and end what is complete.
+
+        Sequences that were aborted since ``schedule`` are passed over.
+        """
+        updates = [failed(sequence, _NO_SLOT) for sequence in plan.unservable]
+        for item, result in zip(plan.scheduled, results, strict=True):
+            if self._running.get(item.sequence.request.request_id) is item.sequence:
+                update = self._commit(item, result)
+                if update is not None:
+                    updates.append(update)
+        return updates
+
+    def check_integrity(self) -> None:
+        """Balance the books.
+
+        Raises:
+            AccountingError: A sequence is in two places or none, or runs without its blocks.
+            KVAccountingError: The block manager's books do not balance.
+        """
+        self._blocks.check_integrity()
+        waiting = [self._waiting[position] for position in range(len(self._waiting))]
+        located = [*self._running.values(), *waiting]
+        if len(located) != len(self._sequences) or set(located) != set(self._sequences.values()):
+            raise AccountingError("a live sequence does not either run or wait")
+        if waiting != sorted(waiting, key=_order):
+            raise AccountingError("the waiting queue is out of order")
+        if any(sequence.block_table or sequence.num_computed_tokens for sequence in waiting):
+            raise AccountingError("a waiting sequence holds blocks")
+        if len(self._running) > self.limits.max_num_seqs:
+            raise AccountingError("more sequences run than max_num_seqs")
+        for sequence in self._running.values():
+            covered = len(sequence.block_table) * self._blocks.block_size
+            if not sequence.num_computed_tokens < len(sequence.token_ids) <= covered + 1:
+                raise AccountingError(f"{sequence.request.request_id} runs without its blocks")
+
+    def _check_can_run(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if request.request_id in self._sequences:
+            raise SequenceRefused(f"a request with the id {request.request_id} is running already")
+        if not request.prompt_token_ids:
+            raise SequenceRefused("the prompt is empty: send at least one token")
+        if sequence.num_output_tokens >= request.sampling.max_tokens:
+            raise SequenceRefused(
+                f"nothing is left to generate: {sequence.num_output_tokens} tokens are there and"
+                f" max_tokens is {request.sampling.max_tokens}"
+            )
+        if len(sequence.token_ids) >= self.max_tokens_that_fit:
+            raise SequenceTooLong(
+                f"the sequence has {len(sequence.token_ids)} tokens, but this server holds at most"
+                f" {self.max_tokens_that_fit} tokens of prompt and output: shorten the prompt (or"
+                " serve with a larger --max-model-len or --memory-budget)"
+            )
+
+    def _schedule_running(self, step: _Step) -> None:
+        # Every decode row fits, because the budget is at least max_num_seqs. A prefill that gets no
+        # row is the next one's turn: prefills go in order of admission and each takes all it can.
+        running = list(self._running.values())
+        decodes = [sequence for sequence in running if sequence.num_uncomputed_tokens == 1]
+        prefills = [sequence for sequence in running if sequence.num_uncomputed_tokens > 1]
+        for sequence in (*decodes, *prefills):
+            if not step.budget:
+                break
+            if sequence.request.request_id in self._running and self._cover(sequence, step):
+                step.put(sequence)
+
+    def _cover(self, sequence: Sequence, step: _Step) -> bool:
+        """Get blocks for all its tokens, if need be by preemption; False if that hit itself."""
+        while not self._blocks.extend(sequence, len(sequence.token_ids)):
+            victim = max(self._running.values(), key=_order)
+            self._preempt(victim)
+            step.drop(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.add(sequence)
+
+    def _admit(self, step: _Step) -> None:
+        position = 0
+        overtaken = 0
+        refused: set[int] = set()
+        while self._has_room(step) and position < len(self._waiting):
+            sequence = self._waiting[position]
+            cached = self._blocks.find_cached(sequence, sequence.cache_limit)
+            # One spare block per running sequence, or its next token would preempt this one.
+            if not self._blocks.can_allocate(
+                cached, len(sequence.token_ids), spare=len(self._running)
+            ):
+                break
+            if self._acquire(sequence, refused):
+                self._start(self._waiting.pop(position), cached)
+                step.put(sequence)
+                overtaken = position
+            elif not self._running:
+                del self._sequences[self._waiting.pop(position).request.request_id]
+                step.unservable.append(sequence)
+            elif sequence.num_overtaken >= self.limits.max_overtakes:
+                break
+            else:
+                position += 1
+        self._waiting.count_overtaken(overtaken)
+
+    def _has_room(self, step: _Step) -> bool:
+        return step.budget > 0 and len(self._running) < self.limits.max_num_seqs
+
+    def _acquire(self, sequence: Sequence, refused: set[int]) -> bool:
+        adapter_id = sequence.request.adapter_id
+        if adapter_id is None:
+            return True
+        if adapter_id in refused:
+            return False
+        if self._adapters.acquire(adapter_id):
+            return True
+        refused.add(adapter_id)
+        return False
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> None:
+        self._blocks.allocate(sequence, cached, len(sequence.token_ids))
+        sequence.num_computed_tokens = len(cached) * self._blocks.block_size
+        sequence.num_overtaken = 0
+        self._running[sequence.request.request_id] = sequence
+        if not sequence.num_preemptions:
+            found = sequence.num_computed_tokens
+            sequence.num_cached_tokens = min(found, sequence.prompt_len)
+            if sequence.cache_limit:
+                self._blocks.record_lookup(len(sequence.token_ids), found)
+
+    def _commit(self, item: ScheduledSequence, result: SequenceResult) -> SequenceUpdate | None:
+        sequence = item.sequence
+        update = outcome(item, result, self.max_tokens_that_fit)
+        if result.error is None:
+            sequence.num_computed_tokens = item.end
+            self._blocks.publish(sequence, item.start, item.end)
+        else:
+            self._blocks.forget(sequence)
+        if update is not None and update.finish_reason is not None:
+            self._end(sequence)
+        return update
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        if sequence.request.request_id in self._running:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take it off the device."""
+        del self._running[sequence.request.request_id]
+        self._blocks.free(sequence)
+        if sequence.request.adapter_id is not None:
+            self._adapters.release(sequence.request.adapter_id)

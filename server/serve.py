@@ -1,0 +1,142 @@
+"""``deltamux serve``: starts the engine and the HTTP application, and stops them in order."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+
+from ..adapters.errors import AdapterError
+from .api.app import create_app
+from .api.registry import AdapterRegistry, RegistryError
+from .api.state import AppState
+from .config import ServeConfig
+from .engine.client import EngineClient
+from .engine.config import EngineConfig
+from .engine.errors import EngineError
+from .metrics import Metrics
+from .model.errors import ModelError
+from .model.source import resolve_model
+from .text.tokenizer import Tokenizer, TokenizerError
+
+logger = logging.getLogger(__name__)
+
+
+class ServeError(Exception):
+    """The server cannot start. The message says why and what to do."""
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until a signal ends the process.
+
+    Raises:
+        ServeError: The model, an ``--adapter`` or the address cannot be served.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(_serve(config))
+    except (ModelError, TokenizerError, EngineError) as error:
+        raise ServeError(str(error)) from error
+
+
+async def _serve(config: ServeConfig) -> None:
+    folder = resolve_model(config.model, config.state_dir)
+    listener = _listen(config.host, config.port)
+    async with _running_engine(config, folder) as engine:
+        tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
+        registry = AdapterRegistry(config.served_model_name, engine)
+        metrics = Metrics(config.served_model_name, registry.names)
+        state = AppState(engine, tokenizer, registry, metrics, model_root=str(folder))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(state), log_config=None, access_log=False)
+        )
+        starting = asyncio.create_task(_start_up(config, engine, registry, listener))
+        starting.add_done_callback(lambda task: _stop_if_failed(task, server))
+        await server.serve(sockets=[listener])
+        if starting.done():
+            starting.result()
+        else:
+            # A signal came first.
+            starting.cancel()
+
+
+async def _start_up(
+    config: ServeConfig, engine: EngineClient, registry: AdapterRegistry, listener: socket.socket
+) -> None:
+    await engine.ready()
+    await _register_adapters(config, registry)
+    _say_ready(config, listener, registry)
+
+
+def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> None:
+    if not starting.cancelled() and starting.exception() is not None:
+        server.should_exit = True
+
+
+@contextlib.asynccontextmanager
+async def _running_engine(config: ServeConfig, folder: Path) -> AsyncIterator[EngineClient]:
+    engine = EngineClient(_engine_config(config, folder), config.max_waiting)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def _engine_config(config: ServeConfig, folder: Path) -> EngineConfig:
+    return EngineConfig(
+        model_folder=str(folder),
+        dtype=config.dtype,
+        device="cpu",
+        kernels=config.kernels,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        memory_budget=config.memory_budget,
+        host_memory_budget=config.host_memory_budget,
+        prefix_caching=config.prefix_caching,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before minutes of loading."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error}; choose another --port"
+        ) from error
+
+
+async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> None:
+    """All named adapters, of which each must be good; then those of the folders."""
+    for name, path in config.adapters:
+        try:
+            await registry.load(name, str(path.resolve()))
+        except (AdapterError, RegistryError) as error:
+            raise ServeError(f"--adapter {name}={path}: {error}") from error
+    for folder in config.adapter_dirs:
+        for path in sorted(path for path in folder.resolve().iterdir() if path.is_dir()):
+            entry = await registry.register(path.name, str(path))
+            if entry.error is not None:
+                logger.warning("adapter %s is not served: %s", path.name, entry.error)
+
+
+def _say_ready(config: ServeConfig, listener: socket.socket, registry: AdapterRegistry) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    served = [entry.name for entry in registry.entries() if entry.error is None]
+    model = served[0] if served else config.served_model_name
+    print(  # noqa: T201  # the one line a person at the terminal, or a script, waits for
+        f"deltamux serves {config.served_model_name} with {len(served)} adapters "
+        f"({', '.join(served) or 'none'}); ready on {url}\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{model}", "stream": true, "max_tokens": 60, '
+        f'"messages": [{{"role": "user", "content": "How do I make tea?"}}]}}\'\n',
+        flush=True,
+    )

@@ -1,0 +1,41 @@
+"""Models that several test files share, made at most once per session."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from deltamux.server.model.source import resolve_model
+
+from .tiny_models import make_tiny
+
+
+@pytest.fixture(scope="session")
+def demo_state() -> Path:
+    """A state folder that outlives the session, so that the demo base is converted once."""
+    chosen = os.environ.get("DELTAMUX_TEST_STATE")
+    folder = Path(chosen) if chosen else platformdirs.user_cache_path("deltamux-tests")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_base(demo_state: Path) -> Path:
+    """The demo base as a Hugging Face folder."""
+    return resolve_model("smollm2", demo_state)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_tiny`` with a cache: equal arguments give the same folder, to be left unchanged."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **arguments: object) -> Path:
+        key = repr((family, sorted(arguments.items())))
+        if key not in made:
+            made[key] = make_tiny(family, tmp_path_factory.mktemp(family), **arguments)
+        return made[key]
+
+    return make

@@ -1,0 +1,156 @@
+"""The compiled library: found again, rebuilt when anything changes, and on torch's own threads."""
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltamux.kernels import build
+from deltamux.kernels.backend import Backend, compiled_backend, select_backend
+
+
+class FakeCompiler:
+    """A shell script in place of a compiler: predefines ``macros``, writes a file, counts runs."""
+
+    def __init__(self, folder: Path, macros: str = "AVX", fails: bool = False) -> None:
+        self.log = folder / "runs"
+        script = folder / "compiler"
+        ending = "echo 'no such instruction' >&2; exit 1" if fails else "exit 0"
+        script.write_text(
+            "#!/bin/sh\n"
+            f'case "$*" in *-dM*) echo {macros}; exit 0;; esac\n'
+            f"echo run >> {self.log}\n"
+            'while [ "$1" != -o ]; do shift; done\n'
+            'echo library > "$2"\n'
+            f"{ending}\n"
+        )
+        script.chmod(0o755)
+        self.compiler = build.Compiler((str(script),))
+
+    @property
+    def runs(self) -> int:
+        return len(self.log.read_text().splitlines())
+
+
+def test_a_library_is_built_once(tmp_path: Path) -> None:
+    fake = FakeCompiler(tmp_path)
+    first = build.build_library(fake.compiler, tmp_path / "cache")
+    assert build.build_library(fake.compiler, tmp_path / "cache") == first
+    assert fake.runs == 1
+    assert list((tmp_path / "cache").iterdir()) == [first]
+
+
+def test_another_cpu_or_compiler_gets_another_library(tmp_path: Path) -> None:
+    one = build.build_library(FakeCompiler(tmp_path, "AVX").compiler, tmp_path / "cache")
+    two = build.build_library(FakeCompiler(tmp_path, "AVX512").compiler, tmp_path / "cache")
+    assert one != two
+
+
+def test_another_source_gets_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "one.cpp"
+    fake = FakeCompiler(tmp_path)
+    libraries = set()
+    monkeypatch.setattr(build, "_sources", lambda: [source])
+    for text in ("int a;", "int b;"):
+        source.write_text(text)
+        libraries.add(build.build_library(fake.compiler, tmp_path / "cache"))
+    assert len(libraries) == 2
+
+
+def test_concurrent_builds_agree(tmp_path: Path) -> None:
+    fake = FakeCompiler(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(build.build_library, fake.compiler, tmp_path / "c") for _ in range(8)]
+    assert len({job.result() for job in jobs}) == 1
+    assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".so"]
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path) -> None:
+    fake = FakeCompiler(tmp_path, fails=True)
+    with pytest.raises(build.CompilerError, match="no such instruction"):
+        build.build_library(fake.compiler, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ccache some-c++")
+    assert build.find_compiler() == build.Compiler(("ccache", "some-c++"))
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_without_a_compiler_auto_warns_and_compiled_refuses(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert select_backend("auto", tmp_path).name == "reference"
+    assert "install g++" in caplog.text
+    with pytest.raises(build.CompilerError, match="install g"):
+        select_backend("compiled", tmp_path)
+
+
+def test_a_compiler_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(build.CompilerError, match="/nowhere/c"):
+        compiled_backend(tmp_path)
+
+
+def test_backends_by_name(compiled: Backend) -> None:
+    assert [select_backend(name).name for name in ("auto", "compiled", "reference")] == [
+        compiled.name,
+        "compiled",
+        "reference",
+    ]
+    with pytest.raises(ValueError, match="auto, compiled or reference"):
+        select_backend("fast")
+
+
+def test_one_openmp_runtime_and_torchs_number_of_threads(compiled: Backend) -> None:
+    """In a process of its own: after both have run in parallel, one runtime with torch's threads."""
+    script = (
+        "import os, torch\n"
+        "from deltamux.kernels.backend import compiled_backend\n"
+        "torch.set_num_threads({threads})\n"
+        "x = torch.randn(512, 4096)\n"
+        "compiled_backend().silu_mul(x)\n"
+        "ours = len(os.listdir('/proc/self/task'))\n"
+        "x.exp()\n"
+        "both = len(os.listdir('/proc/self/task'))\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(len({{w for w in maps if 'gomp' in w or 'iomp' in w or 'libomp' in w}}), ours, both)\n"
+    )
+    counts = {}
+    for threads in (1, 3):
+        command = [sys.executable, "-c", script.format(threads=threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+        runtimes, ours, both = map(int, done.stdout.split())
+        assert runtimes == 1
+        assert both == ours, "torch started threads beside ours"
+        counts[threads] = ours
+    assert counts[3] == counts[1] + 2
+
+
+def test_the_number_of_threads_does_not_change_a_bit(compiled: Backend) -> None:
+    before = torch.get_num_threads()
+    gate_up = torch.randn(64, 4096)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(compiled.silu_mul(gate_up))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

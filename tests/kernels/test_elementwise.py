@@ -1,0 +1,129 @@
+"""rms_norm, add_rms_norm, rotary and silu_mul against their formulas, on strided and odd shapes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from deltamux.kernels.backend import Backend
+
+from .compare import assert_close, same_bits
+
+NAN = float("nan")
+SHAPES = [(1, 576), (16, 576), (63, 60), (2, 1), (3, 17), (100, 1536)]
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(threads)
+
+
+def strided(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A view of this shape inside a wider buffer full of NaN, and that buffer."""
+    rng = torch.Generator().manual_seed(seed)
+    wide = torch.full((shape[0], shape[1] + 5, *shape[2:]), NAN, dtype=dtype)
+    view = wide[:, 3 : 3 + shape[1]]
+    view.copy_(torch.randn(shape, generator=rng) * 3)
+    return view, wide
+
+
+def llama_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    norm = LlamaRMSNorm(x.shape[-1], eps)
+    norm.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    return norm(x)
+
+
+def assert_within_two_roundings(actual: Tensor, expected: Tensor) -> None:
+    """The norm rounds twice: a bfloat16 value may differ by one unit where the first one ties."""
+    exponent = 2.0**-7 if actual.dtype is torch.bfloat16 else 2e-6
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=exponent, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 3, 64), (5, 9, 60)])
+def test_rms_norm_is_llamas(compiled: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, _ = strided(shape, dtype)
+    weight = torch.randn(shape[-1]).to(dtype)
+    y = compiled.rms_norm(x, weight, 1e-5)
+    assert y.is_contiguous()
+    assert_within_two_roundings(y, llama_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm_updates_the_residual(
+    compiled: Backend, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    x, _ = strided(shape, dtype)
+    residual, around = strided(shape, dtype, seed=1)
+    expected, poison = residual + x, around.clone()
+    weight = torch.randn(shape[-1]).to(dtype)
+    y = compiled.add_rms_norm(x, residual, weight, 1e-5)
+    assert same_bits(residual, expected)
+    assert same_bits(y, compiled.rms_norm(expected, weight, 1e-5))
+    poison[:, 3 : 3 + shape[1]] = expected
+    assert same_bits(around, poison)
+
+
+@pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 9, 64), (63, 3, 60), (300, 9, 128)])
+def test_rotary_is_llamas(
+    compiled: Backend, dtype: torch.dtype, rows: int, heads: int, head_dim: int
+) -> None:
+    query, around = strided((rows, heads, head_dim), dtype)
+    key, _ = strided((rows, 1, head_dim), dtype, seed=1)
+    angle = torch.rand(rows, head_dim // 2) * 6
+    exact = apply_rotary_pos_emb(
+        query.float(), key.float(), angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    )
+    magnitude = 2 * max(query.abs().max(), key.abs().max())
+    poison = around.clone()
+    compiled.rotary(query, key, angle.cos(), angle.sin())
+    for actual, expected in zip((query, key), exact, strict=True):
+        assert_close(actual, expected, magnitude)
+    poison[:, 3 : 3 + heads] = query
+    assert same_bits(around, poison)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1536), (16, 1536), (63, 60), (3, 1), (40, 9001)])
+def test_silu_mul(
+    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int, size: int
+) -> None:
+    gate_up, _ = strided((rows, 2 * size), dtype)
+    exact = reference.silu_mul(gate_up.float())
+    assert_close(compiled.silu_mul(gate_up), exact)
+
+
+def test_silu_mul_at_its_limits(compiled: Backend, dtype: torch.dtype) -> None:
+    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 3e38, -3e38, 80.0, -80.0, -90.0])
+    y = compiled.silu_mul(torch.cat((gate, torch.ones(9))).to(dtype)[None])[0].float()
+    expected = torch.nn.functional.silu(gate.to(dtype).float())
+    torch.testing.assert_close(y, expected, rtol=2.0**-8, atol=1e-36)
+
+
+def test_nan_and_infinity_come_through(compiled: Backend, dtype: torch.dtype) -> None:
+    for value in (NAN, float("inf")):
+        x = torch.ones(3, 40, dtype=dtype)
+        x[1, 5] = value
+        assert compiled.rms_norm(x, torch.ones(40, dtype=dtype), 1e-5)[1].isnan().any()
+        y = compiled.silu_mul(x)
+        assert not y[1].isfinite().all()
+        assert y[[0, 2]].isfinite().all()
+
+
+def test_wrong_shapes_are_refused(compiled: Backend) -> None:
+    x = torch.ones(3, 8)
+    with pytest.raises(ValueError, match="weight does not fit"):
+        compiled.rms_norm(x, torch.ones(7), 1e-5)
+    with pytest.raises(ValueError, match="do not fit together"):
+        compiled.add_rms_norm(x, torch.ones(2, 8), torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match="differ in width"):
+        compiled.silu_mul(torch.ones(3, 7))
+    with pytest.raises(ValueError, match="cos and sin"):
+        compiled.rotary(x[:, None], x[:, None], torch.ones(3, 4).double(), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="do not fit together"):
+        compiled.rotary(x[:, None], x[:, None], torch.ones(3, 3), torch.ones(3, 3))
+    with pytest.raises(ValueError, match="expected torch"):
+        compiled.rms_norm(x, torch.ones(8).bfloat16(), 1e-5)

@@ -1,0 +1,266 @@
+"""paged_attention and write_kv over a cache whose unused places are poisoned."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltamux.kernels.backend import Backend
+from deltamux.kernels.paged_attention.op import PagedBatch
+
+from .compare import assert_close, same_bits
+
+NAN = float("nan")
+GARBAGE = -(2**31)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's query and caches, with the dense keys and values they were filled from."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    batch: PagedBatch
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def make_step(
+    dtype: torch.dtype,
+    lens: Sequence[tuple[int, int]],
+    heads: int = 9,
+    kv_heads: int = 3,
+    head_dim: int = 64,
+    block_size: int = 16,
+    seed: int = 0,
+) -> Step:
+    """lens: (query rows, context) of each sequence; blocks lie shuffled, query rows are strided."""
+    rng = torch.Generator().manual_seed(seed)
+    needed = [-(-context // block_size) for _, context in lens]
+    free = torch.randperm(sum(needed) + 3, generator=rng).tolist()
+    shape = (len(free), kv_heads, block_size, head_dim)
+    caches = [torch.full(shape, NAN, dtype=dtype) for _ in range(2)]
+    tables = torch.full((len(lens), max(needed) + 2), GARBAGE, dtype=torch.int32)
+    dense: tuple[list[Tensor], list[Tensor]] = ([], [])
+    slots: list[Tensor] = []
+    for i, (q_len, context) in enumerate(lens):
+        blocks = [free.pop() for _ in range(needed[i])]
+        tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        position = torch.arange(context)
+        block, offset = torch.tensor(blocks)[position // block_size], position % block_size
+        for cache, kept in zip(caches, dense, strict=True):
+            kept.append(torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype))
+            cache[block, :, offset] = kept[-1]
+        slots.append((block * block_size + offset)[context - q_len :])
+    rows = sum(q_len for q_len, _ in lens)
+    wide = torch.full((rows, heads + 2 * kv_heads, head_dim), NAN, dtype=dtype)
+    wide[:, :heads] = torch.randn(rows, heads, head_dim, generator=rng) * 2
+    batch = PagedBatch(
+        cu_seqlens_q=torch.tensor([0, *(q for q, _ in lens)]).cumsum(0).int(),
+        context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
+        block_tables=tables,
+        slot_mapping=torch.cat(slots),
+        max_seqlen_q=max(q for q, _ in lens),
+        max_context_len=max(context for _, context in lens),
+    )
+    return Step(wide[:, :heads], *caches, batch, tuple(dense[0]), tuple(dense[1]))
+
+
+def exact(step: Step, scale: float, window: int | None) -> Tensor:
+    """The formula in float64 on the dense keys and values."""
+    out = []
+    bounds = step.batch.cu_seqlens_q.tolist()
+    for i, (keys, values) in enumerate(zip(step.keys, step.values, strict=True)):
+        query = step.query[bounds[i] : bounds[i + 1]].double()
+        group = query.shape[1] // keys.shape[1]
+        k, v = (t.double().repeat_interleave(group, 1) for t in (keys, values))
+        hi = torch.arange(len(keys) - len(query), len(keys))[:, None]
+        j = torch.arange(len(keys))[None]
+        hidden = (j > hi) | (j <= hi - (window or len(keys) + 1))
+        scores = torch.einsum("qhd,khd->hqk", query, k) * scale
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(out).float()
+
+
+def check(
+    backend: Backend, step: Step, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    scale = step.query.shape[2] ** -0.5 if scale is None else scale
+    before = [t.clone() for t in (step.key_cache, step.value_cache)]
+    out = backend.paged_attention(
+        step.query, step.key_cache, step.value_cache, step.batch, scale, window
+    )
+    assert out.shape == step.query.shape
+    assert out.is_contiguous()
+    assert_close(out, exact(step, scale, window), magnitude=4.0)
+    for cache, kept in zip((step.key_cache, step.value_cache), before, strict=True):
+        assert same_bits(cache, kept)
+    return out
+
+
+def single(step: Step, sequence: int, first: int, last: int) -> Step:
+    """Query rows first .. last of one sequence, with the context they had, as a step alone."""
+    batch = step.batch
+    start = int(batch.cu_seqlens_q[sequence])
+    q_len = int(batch.cu_seqlens_q[sequence + 1]) - start
+    context = int(batch.context_lens[sequence]) - q_len + last
+    alone = PagedBatch(
+        torch.tensor([0, last - first], dtype=torch.int32),
+        torch.tensor([context], dtype=torch.int32),
+        batch.block_tables[sequence : sequence + 1],
+        batch.slot_mapping[start + first : start + last],
+        last - first,
+        context,
+    )
+    return replace(step, query=step.query[start + first : start + last], batch=alone)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("head_dim", [7, 32, 60, 64, 80, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+def test_head_sizes_and_groups(
+    compiled: Backend, dtype: torch.dtype, head_dim: int, group: int
+) -> None:
+    lens = [(1, 1), (1, 17), (5, 70), (33, 33)]
+    check(compiled, make_step(dtype, lens, 2 * group, 2, head_dim))
+
+
+@pytest.mark.parametrize(
+    ("q_len", "context"),
+    [(1, 64), (1, 65), (1, 1000), (2, 64), (16, 16), (31, 95), (32, 33), (97, 97), (300, 411)],
+)
+def test_one_sequence(compiled: Backend, dtype: torch.dtype, q_len: int, context: int) -> None:
+    check(compiled, make_step(dtype, [(q_len, context)]))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 64, 256])
+def test_block_sizes(compiled: Backend, dtype: torch.dtype, block_size: int) -> None:
+    check(compiled, make_step(dtype, [(1, 129), (40, 140), (1, 3)], block_size=block_size))
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 200, 10_000])
+def test_sliding_windows(compiled: Backend, dtype: torch.dtype, window: int) -> None:
+    check(compiled, make_step(dtype, [(1, 150), (70, 200), (1, 1), (130, 130)]), window)
+
+
+def test_keys_before_the_window_are_not_read(compiled: Backend, dtype: torch.dtype) -> None:
+    step = make_step(dtype, [(1, 150)], block_size=1)
+    for cache in (step.key_cache, step.value_cache):
+        cache[step.batch.block_tables[0, :100].long()] = NAN
+    check(compiled, step, window=50)
+
+
+def test_large_scores_do_not_overflow(compiled: Backend, dtype: torch.dtype) -> None:
+    step = make_step(dtype, [(70, 200), (1, 90)])
+    for tensor in (step.query, step.key_cache):
+        tensor.round_()  # whole numbers, so that float32 holds every score exactly
+    whole = replace(step, keys=tuple(keys.round() for keys in step.keys))
+    check(compiled, whole, scale=16.0)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_row_has_the_same_bits_in_decode_in_any_chunk_and_in_any_company(
+    compiled: Backend, dtype: torch.dtype, window: int | None
+) -> None:
+    step = make_step(dtype, [(1, 50), (120, 150), (3, 3), (1, 200)])
+    together = check(compiled, step, window)
+    bounds = step.batch.cu_seqlens_q.tolist()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for i, chunk in ((0, 1), (1, 1), (1, 7), (1, 120), (2, 1), (3, 1)):
+            rows = bounds[i + 1] - bounds[i]
+            for first in range(0, rows, chunk):
+                last = min(rows, first + chunk)
+                part = single(step, i, first, last)
+                out = compiled.paged_attention(
+                    part.query, part.key_cache, part.value_cache, part.batch, 0.125, window
+                )
+                assert same_bits(out, together[bounds[i] + first : bounds[i] + last])
+
+
+def test_a_nan_stays_in_its_sequence(compiled: Backend, dtype: torch.dtype) -> None:
+    step = make_step(dtype, [(1, 50), (1, 60), (4, 20)])
+    clean = check(compiled, step)
+    step.query[1, 2, 3] = NAN
+    out = compiled.paged_attention(
+        step.query, step.key_cache, step.value_cache, step.batch, 0.125, None
+    )
+    assert out[1, 2].isnan().all()
+    others = torch.ones(out.shape[:2], dtype=torch.bool)
+    others[1, 2] = False
+    assert same_bits(out[others], clean[others])
+
+
+def test_sequences_without_query_rows(compiled: Backend, dtype: torch.dtype) -> None:
+    check(compiled, make_step(dtype, [(0, 20), (2, 20), (0, 5)]))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_write_kv_fills_its_slots_and_no_other(
+    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    caches = [torch.full((40, 3, 16, 60), NAN, dtype=dtype) for _ in range(4)]
+    wide = torch.randn(rows, 15, 60, generator=rng).to(dtype)
+    slots = torch.randperm(40 * 16, generator=rng)[:rows]
+    compiled.write_kv(wide[:, 9:12], wide[:, 12:], caches[0], caches[1], slots)
+    reference.write_kv(wide[:, 9:12], wide[:, 12:], caches[2], caches[3], slots)
+    assert same_bits(caches[0], caches[2])
+    assert same_bits(caches[1], caches[3])
+
+
+@pytest.mark.parametrize("slot", [-1, 64])
+def test_write_kv_refuses_a_slot_outside_the_cache(compiled: Backend, slot: int) -> None:
+    cache = torch.zeros(4, 1, 16, 8)
+    key = torch.ones(2, 1, 8)
+    with pytest.raises(IndexError, match="slot outside the cache"):
+        compiled.write_kv(key, key, cache, cache.clone(), torch.tensor([3, slot]))
+    assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_tables": torch.tensor([[0, 99]], dtype=torch.int32)}, "block outside the cache"),
+        ({"block_tables": torch.tensor([[0, -1]], dtype=torch.int32)}, "block outside the cache"),
+        ({"block_tables": torch.tensor([[0]], dtype=torch.int32)}, "longer than its block table"),
+        ({"context_lens": torch.tensor([3], dtype=torch.int32)}, "more query rows than context"),
+        ({"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32)}, "number of rows"),
+        ({"cu_seqlens_q": torch.tensor([1, 4], dtype=torch.int32)}, "number of rows"),
+    ],
+)
+def test_tables_that_reach_outside_are_refused(
+    compiled: Backend, changes: dict[str, Tensor], words: str
+) -> None:
+    step = make_step(torch.float32, [(4, 20)])
+    batch = replace(step.batch, **changes)
+    with pytest.raises(IndexError, match=words):
+        compiled.paged_attention(step.query, step.key_cache, step.value_cache, batch, 0.125, None)
+
+
+def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
+    step = make_step(torch.float32, [(4, 20)])
+    cases = [
+        ({"query": step.query.bfloat16()}, "bfloat16"),
+        ({"query": step.query[:, :7]}, "heads do not fit"),
+        ({"key_cache": step.key_cache[:, :, :8]}, "differ in shape"),
+        ({"value_cache": step.value_cache.half()}, "value_cache must be"),
+        ({"batch": replace(step.batch, context_lens=torch.tensor([20]))}, "context_lens must be"),
+    ]
+    for changes, words in cases:
+        wrong = replace(step, **changes)
+        with pytest.raises(ValueError, match=words):
+            compiled.paged_attention(
+                wrong.query, wrong.key_cache, wrong.value_cache, wrong.batch, 0.125, None
+            )

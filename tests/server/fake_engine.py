@@ -1,0 +1,215 @@
+"""A scripted engine behind a real HTTP server, for the API's tests."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from deltamux.adapters.errors import AdapterError
+from deltamux.server.api.app import create_app
+from deltamux.server.api.registry import AdapterRegistry
+from deltamux.server.api.state import AppState, Limits
+from deltamux.server.engine.errors import QueueFull
+from deltamux.server.engine.messages import AdapterInfo, EngineInfo, EngineStats
+from deltamux.server.generation import (
+    FinishReason,
+    GenerationRequest,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+from deltamux.server.metrics import Metrics
+from deltamux.server.text.tokenizer import Tokenizer
+
+BASE = "base"
+MAX_MODEL_LEN = 64
+TEMPLATE = (
+    "{% for m in messages %}{% if m['content'] == 'forbidden' %}{{ raise_exception('no') }}"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, one two three", "END of it"]
+
+
+def byte_level_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    """A small byte-level BPE vocabulary, as GPT-2, Qwen and Llama 3 have it."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    fast.chat_template = template
+    return Tokenizer(fast)
+
+
+class FakeEngine:
+    """Answers every request with ``reply``; records what it was asked and told to abort."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.reply: Callable[[GenerationRequest], str] = lambda _: "hello world"
+        self.tokens_per_update = 1
+        self.stall_after: int | None = None
+        self.max_submitted: int | None = None
+        self.die_after: int | None = None
+        self.death: Exception | None = None
+        self.refusal: Exception | None = None
+        self.bad_adapters: dict[str, AdapterError] = {}
+        self.digests: dict[str, str] = {}
+        self.load_gate: asyncio.Event | None = None
+        self.submitted: list[GenerationRequest] = []
+        self.aborted: list[str] = []
+        self.finished: list[str] = []
+        self.loaded: dict[int, str] = {}
+        self.unloaded: list[int] = []
+        self.load_calls = 0
+        self.on_stall = threading.Semaphore(0)
+        self.on_abort = threading.Semaphore(0)
+        self.on_unload = threading.Event()
+        self.info: EngineInfo | None = EngineInfo(
+            model_type="llama",
+            dtype="float32",
+            device="cpu",
+            kernels="reference",
+            vocab_size=tokenizer.vocab_size,
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=128,
+            block_size=16,
+            max_num_seqs=8,
+            adapter_slots=4,
+        )
+        self.stats: EngineStats | None = EngineStats(2, 1, 32, 128, 7, 10, 4, 1, [1])
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceUpdate, None]:
+        if self.refusal is not None:
+            raise self.refusal
+        if len(self.submitted) == self.max_submitted:
+            raise QueueFull("The queue is full.")
+        self.submitted.append(request)
+        try:
+            for sent, update in enumerate(self._updates(request)):
+                if sent == self.die_after and self.death is not None:
+                    raise self.death
+                if sent == self.stall_after:
+                    self.on_stall.release()
+                    await asyncio.Event().wait()
+                await asyncio.sleep(0)
+                if update.finish_reason is not None:
+                    self.finished.append(request.request_id)
+                yield update
+        finally:
+            if request.request_id not in self.finished:
+                self.aborted.append(request.request_id)
+                self.on_abort.release()
+
+    def _updates(self, request: GenerationRequest) -> list[SequenceUpdate]:
+        sampling = request.sampling
+        ends = sampling.end_token_ids[:1]
+        token_ids = [*self.tokenizer.encode(self.reply(request)), *ends][: sampling.max_tokens]
+        stopped = bool(ends) and token_ids[-1] == ends[0]
+        prompt = self._prompt_logprobs(request)
+        head = [SequenceUpdate(request_id=request.request_id, prompt_logprobs=prompt)]
+        step = self.tokens_per_update
+        chunks = [token_ids[at : at + step] for at in range(0, len(token_ids), step)]
+        return head + [
+            SequenceUpdate(
+                request_id=request.request_id,
+                token_ids=chunk,
+                logprobs=self._logprobs(chunk, sampling.logprobs),
+                num_cached_tokens=2,
+                finish_reason=self._reason(stopped) if last else None,
+                stop_token_id=token_ids[-1] if stopped and last else None,
+            )
+            for chunk, last in zip(chunks, [False] * (len(chunks) - 1) + [True], strict=True)
+        ]
+
+    @staticmethod
+    def _reason(stopped: bool) -> FinishReason:
+        return FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> list[TokenLogprobs]:
+        return self._logprobs(request.prompt_token_ids[1:], request.sampling.prompt_logprobs)
+
+    def _logprobs(self, token_ids: list[int], number: int | None) -> list[TokenLogprobs]:
+        """The token itself is second best; the best ones are tokens 40, 41, ..."""
+        if number is None:
+            return []
+        tops = [(40 + rank, -0.25 - rank) for rank in range(number)]
+        return [TokenLogprobs(token_id, -0.5, 2, tops) for token_id in token_ids]
+
+    async def load_adapter(self, adapter_id: int, path: str, digest: str | None) -> AdapterInfo:
+        self.load_calls += 1
+        if self.load_gate is not None:
+            await self.load_gate.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        if path in self.bad_adapters:
+            raise self.bad_adapters[path]
+        self.loaded[adapter_id] = path
+        found = self.digests.get(path, f"{adapter_id:064x}")
+        return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, ["q_proj"])
+
+    async def unload_adapter(self, adapter_id: int) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        del self.loaded[adapter_id]
+        self.unloaded.append(adapter_id)
+        self.on_unload.set()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server under test."""
+
+    url: str
+    engine: FakeEngine
+    state: AppState
+
+
+def leave_when_stalled(server: Running, path: str, body: dict[str, object], times: int) -> None:
+    """Send a request, wait until ``times`` sequences of it stall, and close the connection."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body)
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+        for _ in range(times):
+            assert server.engine.on_stall.acquire(timeout=30)
+
+
+def make_state(engine: FakeEngine, limits: Limits) -> AppState:
+    registry = AdapterRegistry(BASE, engine)
+    metrics = Metrics(BASE, registry.names)
+    return AppState(engine, engine.tokenizer, registry, metrics, "some/folder", limits)
+
+
+@contextmanager
+def serving(tokenizer: Tokenizer, limits: Limits | None = None) -> Iterator[Running]:
+    """A real uvicorn on a free loopback port, in a thread.
+
+    The socket listens before the thread starts, so clients may connect at once.
+    """
+    engine = FakeEngine(tokenizer)
+    state = make_state(engine, limits or Limits())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(create_app(state), log_level="critical", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, state)
+        finally:
+            server.should_exit = True
+            thread.join()

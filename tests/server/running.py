@@ -1,0 +1,69 @@
+"""A deltamux server in a process of its own, as a user would start it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_READY = re.compile(r"ready on (http://\S+)")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    url: str
+    process: subprocess.Popen
+
+    @property
+    def openai_url(self) -> str:
+        return f"{self.url}/v1"
+
+    def children(self) -> list[int]:
+        """Process ids of the server's children."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return [
+            int(child)
+            for task in tasks.iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+
+    def engine_pid(self) -> int:
+        """Process id of the engine, which is named on its command line by multiprocessing."""
+        [pid] = [
+            child
+            for child in self.children()
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+        return pid
+
+
+@contextmanager
+def running_server(
+    model: Path | str, *options: str, log: Path, **env: str
+) -> Iterator[RunningServer]:
+    """Start ``deltamux serve``, wait until it says it is ready, stop it with SIGTERM."""
+    command = [sys.executable, "-m", "deltamux", "serve", str(model), "--port", "0", *options]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **env},
+        )
+        try:
+            yield RunningServer(_wait_until_ready(process, log), process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+def _wait_until_ready(process: subprocess.Popen, log: Path) -> str:
+    for line in process.stdout:
+        if match := _READY.search(line):
+            return match[1]
+    raise AssertionError(f"the server ended with {process.wait()}:\n{log.read_text()}")

@@ -1,0 +1,389 @@
+"""Adapters over HTTP: naming, loading, replacing and unloading them while requests run."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from deltamux.adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
+from deltamux.server.api.registry import (
+    AdapterRegistry,
+    AdapterState,
+    AlreadyLoaded,
+    NameRefused,
+    UnknownAdapter,
+    UnknownModel,
+)
+from deltamux.server.engine.errors import EngineUnavailable
+from deltamux.server.text.tokenizer import Tokenizer
+
+from .fake_engine import FakeEngine, Running, byte_level_tokenizer, serving
+
+BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "a b", "a:b", "a@b", "é", "x" * 129]
+BAD_NAMES += ["a\n", "a\x00", "%2e%2e", "base"]
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def server(tokenizer: Tokenizer) -> Iterator[Running]:
+    with serving(tokenizer) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        yield client
+
+
+def load(http: httpx.Client, name: str, path: str = "some/path", **more) -> httpx.Response:
+    return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
+
+
+def unload(http: httpx.Client, name: str) -> httpx.Response:
+    return http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+def complete(http: httpx.Client, model: str) -> httpx.Response:
+    return http.post("/v1/completions", json={"model": model, "prompt": "x"})
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str, str]:
+    error = answer.json()["error"]
+    assert error["code"] == answer.status_code
+    return answer.status_code, error["type"], error["message"]
+
+
+def test_vllms_answers_byte_for_byte(server, http):
+    answer = load(http, "a")
+    assert (answer.status_code, answer.content) == (
+        200,
+        b"Success: LoRA adapter 'a' added successfully.",
+    )
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert error_of(load(http, "a")) == (
+        400,
+        "InvalidUserInput",
+        "The lora adapter 'a' has already been loaded. If you want to load the adapter in place, "
+        "set 'load_inplace' to True.",
+    )
+    missing = (400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
+    for body in ({}, {"lora_name": "x"}, {"lora_path": "x"}, {"lora_name": "", "lora_path": "x"}):
+        assert error_of(http.post("/v1/load_lora_adapter", json=body)) == missing
+    answer = unload(http, "a")
+    assert (answer.status_code, answer.content) == (
+        200,
+        b"Success: LoRA adapter 'a' removed successfully.",
+    )
+    assert error_of(unload(http, "a")) == (
+        404,
+        "NotFoundError",
+        "The lora adapter 'a' cannot be found.",
+    )
+    assert error_of(http.post("/v1/unload_lora_adapter", json={})) == (
+        400,
+        "InvalidUserInput",
+        "'lora_name' needs to be provided to unload a LoRA adapter.",
+    )
+
+
+def test_the_model_field_picks_the_adapter(server, http):
+    server.engine.digests = {"p": "sha256:abc" + "0" * 61, "q": "def" + "0" * 61}
+    assert load(http, "a", "p").status_code == load(http, "b", "q").status_code == 200
+    by_name = {name: adapter_id for adapter_id, name in zip((1, 2), "ab", strict=True)}
+    names = ["base", "a", "b", "base:a", "a@abc", "base:b@def000", "b@def" + "0" * 61]
+    for name in names:
+        assert complete(http, name).json()["model"] == name
+    expected = [None, *(by_name[n] for n in "ab"), 1, 1, 2, 2]
+    assert [request.adapter_id for request in server.engine.submitted] == expected
+    for name in ["a@", "a@abd", "a@@abc", "a@abcabc", "c", "base:base", "a:b", "base@abc"]:
+        assert error_of(complete(http, name))[:2] == (404, "NotFoundError")
+
+
+def test_models_are_listed_as_vllm_lists_them(server, http):
+    load(http, "a", "p")
+    listed = http.get("/v1/models").json()
+    assert listed["object"] == "list"
+    base, adapter = listed["data"]
+    created = base.pop("created")
+    assert base == {
+        "id": "base",
+        "object": "model",
+        "owned_by": "deltamux",
+        "root": "some/folder",
+        "parent": None,
+        "permission": [],
+        "max_model_len": 64,
+    }
+    assert created == server.state.created
+    assert (adapter["id"], adapter["root"], adapter["parent"]) == ("a", "p", "base")
+    assert http.get("/v1/models/base:a").json() == http.get("/v1/models/a").json() == adapter
+    assert error_of(http.get("/v1/models/nope"))[0] == 404
+    assert error_of(http.get("/v1/models/..%2f..%2fetc"))[0] == 404
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names(server, http, name):
+    for answer in (
+        load(http, name or " "),
+        http.post("/v1/adapters", json={"name": name, "path": "p"}),
+    ):
+        assert error_of(answer)[:2] == (400, "InvalidUserInput")
+    assert server.engine.load_calls == 0
+    assert server.state.registry.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (AdapterNotFound("no folder"), 404, "NotFoundError"),
+        (AdapterCorrupt("NaN in q_proj"), 400, "InvalidUserInput"),
+        (AdapterUnsupported("use_dora"), 400, "InvalidUserInput"),
+    ],
+)
+def test_a_refused_adapter_leaves_nothing(server, http, error, status, kind):
+    server.engine.bad_adapters["p"] = error
+    message = f"{type(error).__name__}: {error}"
+    assert error_of(load(http, "a", "p")) == (status, kind, message)
+    assert http.get("/v1/adapters").json() == {"object": "list", "data": []}
+    assert error_of(complete(http, "a"))[0] == 404
+    assert load(http, "a", "good").status_code == 200
+
+
+def test_a_refused_replacement_leaves_the_old_one(server, http):
+    load(http, "a", "old")
+    server.engine.bad_adapters["new"] = AdapterCorrupt("bad")
+    assert error_of(load(http, "a", "new", load_inplace=True))[0] == 400
+    assert complete(http, "a").status_code == 200
+    assert server.engine.submitted[0].adapter_id == 1
+    assert http.get("/v1/adapters/a").json()["path"] == "old"
+
+
+def test_our_own_routes(server, http):
+    added = http.post("/v1/adapters", json={"name": "a", "path": "p"})
+    assert added.status_code == 201
+    card = added.json()
+    assert (card["name"], card["path"], card["state"], card["error"]) == ("a", "p", "ready", None)
+    assert card["info"]["rank"] == 8
+    assert http.get("/v1/adapters/a").json() == card
+    assert http.get("/v1/adapters").json() == {"object": "list", "data": [card]}
+    again = http.post("/v1/adapters", json={"name": "a", "path": "p"})
+    assert error_of(again)[:2] == (400, "InvalidUserInput")
+    assert error_of(http.patch("/v1/adapters/a", json={"pinned": True}))[0] == 501
+    assert http.delete("/v1/adapters/a").json() == {
+        "name": "a",
+        "object": "adapter",
+        "deleted": True,
+    }
+    assert server.engine.unloaded == [1]
+    for call in (http.get, http.delete, http.patch):
+        assert error_of(call("/v1/adapters/a"))[:2] == (404, "NotFoundError")
+    wrong = http.post("/v1/adapters", json={"name": "a"})
+    assert wrong.json()["error"]["param"] == "path"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"host": "example.org"}, {"host": "10.0.0.1:80"}, {"x-forwarded-for": "10.0.0.9"}],
+)
+def test_management_is_for_this_machine_alone(server, http, headers):
+    body = {"lora_name": "a", "lora_path": "p"}
+    for answer in (
+        http.post("/v1/load_lora_adapter", json=body, headers=headers),
+        http.post("/v1/unload_lora_adapter", json=body, headers=headers),
+        http.get("/v1/adapters", headers=headers),
+        http.post("/v1/adapters", json={"name": "a", "path": "p"}, headers=headers),
+        http.delete("/v1/adapters/a", headers=headers),
+    ):
+        assert error_of(answer)[:2] == (403, "PermissionDeniedError")
+    assert server.engine.load_calls == 0
+    assert http.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_loads_of_one_name_at_once_load_once(server, http):
+    answers: list[httpx.Response] = []
+
+    def call() -> None:
+        answers.append(load(http, "a"))
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
+    assert server.engine.load_calls == 1
+    assert list(server.engine.loaded) == [1]
+
+
+def stream_of(http: httpx.Client, model: str):
+    body = {"model": model, "prompt": "x", "stream": True}
+    return http.stream("POST", "/v1/completions", json=body)
+
+
+@pytest.mark.parametrize("how", ["unload", "replace"])
+def test_a_running_request_keeps_its_adapter(server, http, how):
+    load(http, "a", "old")
+    server.engine.stall_after = 3
+    with stream_of(http, "a") as answer:
+        chunks = answer.iter_text()  # kept: dropping it closes the connection
+        next(chunks)
+        if how == "unload":
+            assert unload(http, "a").status_code == 200
+            assert error_of(complete(http, "a"))[0] == 404
+        else:
+            assert load(http, "a", "new", load_inplace=True).status_code == 200
+        assert server.engine.unloaded == []
+    assert server.engine.on_unload.wait(10)
+    assert server.engine.unloaded == [1]
+    server.engine.stall_after = None
+    if how == "replace":
+        assert complete(http, "a").status_code == 200
+        assert server.engine.submitted[-1].adapter_id == 2
+        assert server.engine.loaded == {2: "new"}
+
+
+def test_an_idle_adapter_is_replaced_and_unloaded_at_once(server, http):
+    load(http, "a", "old")
+    assert load(http, "a", "new", load_inplace=True).text == (
+        "Success: LoRA adapter 'a' added successfully."
+    )
+    assert server.engine.loaded == {2: "new"}
+
+
+def test_loading_while_the_engine_is_down(server, http):
+    server.engine.refusal = EngineUnavailable("The engine is restarting.")
+    assert error_of(load(http, "a")) == (
+        503,
+        "ServiceUnavailableError",
+        "The engine is restarting.",
+    )
+    assert server.state.registry.entries() == []
+
+
+def test_unloading_while_the_engine_is_down_forgets_the_adapter(server, http):
+    load(http, "a")
+    server.engine.refusal = EngineUnavailable("The engine is restarting.")
+    assert unload(http, "a").status_code == 200
+    assert server.state.registry.entries() == []
+
+
+def test_tokenize_and_detokenize(server, http, tokenizer):
+    ids = tokenizer.encode("one 日")
+    answer = http.post("/tokenize", json={"prompt": "one 日", "return_token_strs": True}).json()
+    assert answer == {
+        "count": len(ids),
+        "max_model_len": 64,
+        "tokens": ids,
+        "token_strs": [tokenizer.token(i) for i in ids],
+    }
+    answer = http.post("/tokenize", json={"model": "base", "messages": MESSAGES}).json()
+    assert answer["tokens"] == tokenizer.encode(tokenizer.render_chat(MESSAGES))
+    assert answer["token_strs"] is None
+    text = http.post("/detokenize", json={"model": "base", "tokens": [*ids, 0]}).json()
+    assert text == {"prompt": "one 日<|endoftext|>"}
+    empty = http.post("/tokenize", json={"prompt": ""}).json()
+    assert empty["tokens"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        (
+            "/tokenize",
+            {"prompt": "x", "messages": [{"role": "user", "content": "x"}]},
+            400,
+            "prompt",
+        ),
+        ("/tokenize", {"prompt": "x", "model": "nope"}, 404, "model"),
+        ("/tokenize", {"prompt": "x" * 100_000}, 400, "prompt"),
+        ("/detokenize", {"tokens": [99999]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/detokenize", {"tokens": "x"}, 400, "tokens"),
+        ("/detokenize", {}, 400, "tokens"),
+    ],
+    ids=str,
+)
+def test_bad_tokenize(server, http, path, body, status, param):
+    answer = http.post(path, json=body)
+    assert error_of(answer)[0] == status
+    assert answer.json()["error"]["param"] == param
+
+
+def registry_of(tokenizer: Tokenizer) -> tuple[AdapterRegistry, FakeEngine]:
+    engine = FakeEngine(tokenizer)
+    return AdapterRegistry("base", engine), engine
+
+
+def test_register_lists_what_is_refused(tokenizer):
+    async def run() -> None:
+        registry, engine = registry_of(tokenizer)
+        engine.bad_adapters["p"] = AdapterCorrupt("bad weights")
+        entry = await registry.register("a", "p")
+        assert (entry.state, entry.error) == (AdapterState.FAILED, "bad weights")
+        with pytest.raises(UnknownModel):
+            registry.resolve("a")
+        assert (await registry.load("a", "good")).state is AdapterState.READY
+        with pytest.raises(AlreadyLoaded):
+            await registry.register("a", "p")
+        assert [entry.name for entry in registry.entries()] == ["a"]
+
+    asyncio.run(run())
+
+
+def test_a_loading_adapter_is_listed_and_not_served(tokenizer):
+    async def run() -> None:
+        registry, engine = registry_of(tokenizer)
+        engine.load_gate = asyncio.Event()
+        loading = asyncio.create_task(registry.load("a", "p"))
+        other = asyncio.create_task(registry.load("b", "q"))
+        while engine.load_calls < 2:
+            await asyncio.sleep(0)
+        assert [entry.state for entry in registry.entries()] == [AdapterState.LOADING] * 2
+        with pytest.raises(UnknownModel):
+            registry.resolve("a")
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        with pytest.raises(UnknownAdapter):
+            registry.get("a")
+        engine.load_gate.set()
+        assert (await other).state is AdapterState.READY
+
+    asyncio.run(run())
+
+
+def test_an_adapter_is_unloaded_after_its_last_lease(tokenizer):
+    async def run() -> None:
+        registry, engine = registry_of(tokenizer)
+        await registry.load("a", "p")
+        with registry.lease("a") as first:
+            with registry.lease("a") as second:
+                await registry.unload("a")
+            await asyncio.sleep(0)
+            assert engine.unloaded == []
+        assert first == second == 1
+        while not engine.unloaded:
+            await asyncio.sleep(0)
+        assert engine.loaded == {}
+        with pytest.raises(UnknownModel), registry.lease("a"):
+            pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_the_registry_refuses_bad_names(tokenizer, name):
+    async def run() -> None:
+        registry, _ = registry_of(tokenizer)
+        with pytest.raises(NameRefused):
+            await registry.load(name, "p")
+
+    asyncio.run(run())

@@ -1,0 +1,157 @@
+"""The host tier with a scripted loader: what is kept, dropped, read again and refused."""
+
+import os
+import select
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltamux.adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterTooLarge
+from deltamux.adapters.layout import LinearTarget
+from deltamux.adapters.primitives import LoweredAdapter, OutputBias
+from deltamux.server.engine.host_tier import HostTier
+
+TARGET = LinearTarget("m", 0, 4, 100)
+ADAPTER_BYTES = 400
+
+
+def make_adapter(digest: str, copies: int = 1) -> LoweredAdapter:
+    bias = OutputBias(TARGET, torch.zeros(100 * copies))
+    return LoweredAdapter(digest, "lora", "peft", 0, (bias,))
+
+
+class Shelf:
+    """Folders by name, and a log of what was read."""
+
+    def __init__(self):
+        self.folders = {}
+        self.read = []
+
+    def lower(self, path: Path) -> LoweredAdapter:
+        self.read.append(path.name)
+        outcome = self.folders[path.name]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+@pytest.fixture
+def tier(shelf):
+    tier = HostTier(shelf.lower, budget=3 * ADAPTER_BYTES)
+    yield tier
+    tier.close()
+
+
+def wait_for_load(tier):
+    readable, _, _ = select.select([tier.wakeup], [], [], 10)
+    assert readable, "no load ended"
+    os.eventfd_read(tier.wakeup)
+    return tier.completed()
+
+
+def register(tier, shelf, adapter_id, outcome, digest=None):
+    shelf.folders[str(adapter_id)] = outcome
+    tier.register(adapter_id, Path(str(adapter_id)), digest)
+    [result] = wait_for_load(tier)
+    return result
+
+
+def test_a_load_is_ready_once_it_is_taken_in(tier, shelf):
+    adapter = make_adapter("d1")
+    result = register(tier, shelf, 1, adapter)
+    assert (result.adapter_id, result.outcome) == (1, adapter)
+    assert tier.hold(1)
+    assert tier.lowered(1) is adapter
+    assert tier.digest(1) == "d1"
+
+
+def test_the_least_recently_used_idle_adapter_is_dropped_and_read_again(tier, shelf):
+    for adapter_id in (1, 2, 3):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    tier.hold(1)
+    tier.release(1)
+    register(tier, shelf, 4, make_adapter("d4"))
+    assert sorted(tier.ready()) == [1, 3, 4]
+    assert not tier.hold(2)
+    [result] = wait_for_load(tier)
+    assert result.adapter_id == 2
+    assert shelf.read == ["1", "2", "3", "4", "2"]
+    assert 2 in tier.ready()
+
+
+def test_held_adapters_stay_over_the_budget(tier, shelf):
+    for adapter_id in range(1, 6):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+        if not tier.hold(adapter_id):
+            wait_for_load(tier)
+    assert sorted(tier.ready()) == [1, 2, 3, 4, 5]
+    for adapter_id in range(1, 6):
+        tier.release(adapter_id)
+    assert len(tier.ready()) == 3
+
+
+def test_changed_files_are_refused_when_read_again(tier, shelf):
+    register(tier, shelf, 1, make_adapter("d1"))
+    for adapter_id in (2, 3, 4):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    shelf.folders["1"] = make_adapter("other")
+    assert not tier.hold(1)
+    [result] = wait_for_load(tier)
+    assert isinstance(result.outcome, AdapterCorrupt)
+    assert "changed since" in str(result.outcome)
+
+
+def test_refusals_and_surprises_become_adapter_errors(tier, shelf):
+    refusal = register(tier, shelf, 1, AdapterNotFound("no such folder"))
+    assert isinstance(refusal.outcome, AdapterNotFound)
+    surprise = register(tier, shelf, 2, ZeroDivisionError("oops"))
+    assert isinstance(surprise.outcome, AdapterCorrupt)
+    assert "ZeroDivisionError: oops" in str(surprise.outcome)
+    big = register(tier, shelf, 3, make_adapter("d3", copies=4))
+    assert isinstance(big.outcome, AdapterTooLarge)
+    assert "--host-memory-budget" in str(big.outcome)
+
+
+def test_two_requests_share_one_load(tier, shelf):
+    register(tier, shelf, 1, make_adapter("d1"))
+    for adapter_id in (2, 3, 4):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    assert not tier.hold(1)
+    assert not tier.hold(1)
+    wait_for_load(tier)
+    assert shelf.read.count("1") == 2
+    tier.release(1)
+    assert tier.is_held(1)
+    tier.release(1)
+    assert not tier.is_held(1)
+
+
+def test_a_forgotten_adapter_does_not_come_back(shelf):
+    gate = threading.Event()
+
+    def slow(path):
+        assert gate.wait(10)
+        return make_adapter("d1")
+
+    tier = HostTier(slow, budget=ADAPTER_BYTES)
+    tier.register(1, Path("1"), None)
+    tier.forget(1)
+    gate.set()
+    assert wait_for_load(tier) == []
+    assert tier.ready() == []
+    assert not tier.knows(1)
+    tier.close()
+
+
+def test_a_held_adapter_cannot_be_forgotten(tier, shelf):
+    register(tier, shelf, 1, make_adapter("d1"))
+    tier.hold(1)
+    with pytest.raises(ValueError, match="held by 1"):
+        tier.forget(1)

@@ -1,0 +1,325 @@
+"""Random traffic against a runner with a simulated KV cache.
+
+The simulated cache says of every slot which salt and which tokens its contents depend on. Before a
+step every scheduled sequence must find exactly its own past in the slots of its block table, so a
+wrongly shared, lost, stale or overwritten block is seen where it happens. The next token is a
+function of all that, so the final text also shows whether every recomputation was right.
+"""
+
+import zlib
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamux.server.generation import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+)
+from deltamux.server.scheduler.block_manager import BlockManager
+from deltamux.server.scheduler.errors import SequenceTooLong
+from deltamux.server.scheduler.limits import SchedulerLimits
+from deltamux.server.scheduler.plan import SequenceResult
+from deltamux.server.scheduler.scheduler import Scheduler
+from deltamux.server.scheduler.sequence import Sequence
+
+VOCAB = 6
+END, STOP = 4, 5
+ADAPTER_SIZES = {1: 1, 2: 1, 3: 2, 4: 3}
+POOL = 3
+
+
+def next_token(salt, token_ids):
+    return zlib.crc32(salt + bytes(token_ids)) % VOCAB
+
+
+class FakeSlots:
+    """A pool of POOL units with adapters of different sizes; idle ones go, least recent first."""
+
+    def __init__(self):
+        self.held = Counter()
+        self.resident = OrderedDict()
+
+    def acquire(self, adapter_id):
+        used = sum(self.resident.values())
+        idle = [a for a in self.resident if not self.held[a]]
+        if adapter_id not in self.resident:
+            need = used + ADAPTER_SIZES[adapter_id] - POOL
+            if need > sum(self.resident[a] for a in idle):
+                return False
+            while need > 0:
+                need -= self.resident.pop(idle.pop(0))
+            self.resident[adapter_id] = ADAPTER_SIZES[adapter_id]
+        self.resident.move_to_end(adapter_id)
+        self.held[adapter_id] += 1
+        return True
+
+    def release(self, adapter_id):
+        assert self.held[adapter_id] > 0
+        self.held[adapter_id] -= 1
+
+
+@dataclass
+class Arrival:
+    """One request of a trace; ``step`` is when it comes, ``abort`` when its client leaves."""
+
+    request: GenerationRequest
+    salt: bytes
+    step: int
+    abort: int | None
+    error_at: int | None
+    updates: list = field(default_factory=list)
+
+    def expected(self, max_len):
+        """Tokens and end of the request alone on an endless machine."""
+        request, sampling = self.request, self.request.sampling
+        output = list(request.output_token_ids)
+        while True:
+            if self.error_at == len(output):
+                return output, FinishReason.ERROR, None
+            output.append(next_token(self.salt, [*request.prompt_token_ids, *output]))
+            stops = {*sampling.end_token_ids, *sampling.stop_token_ids}
+            if output[-1] in stops and len(output) > sampling.min_tokens:
+                return output, FinishReason.STOP, output[-1]
+            length = len(request.prompt_token_ids) + len(output)
+            if len(output) == sampling.max_tokens or length == max_len:
+                return output, FinishReason.LENGTH, None
+
+
+class SimulatedRunner:
+    """Keeps (salt, tokens) for every slot of the cache and checks what each row would read."""
+
+    def __init__(self, block_size, arrivals):
+        self.block_size = block_size
+        self.arrivals = arrivals
+        self.slots = {}
+
+    def slot(self, sequence, position):
+        block = sequence.block_table[position // self.block_size]
+        return block, position % self.block_size
+
+    def run(self, plan):
+        for item in plan.scheduled:
+            assert 0 <= item.start < item.end <= len(item.sequence.token_ids)
+            assert item.samples == (item.end == len(item.sequence.token_ids))
+            self.check_past(item.sequence, item.start)
+        # New blocks hold anything: what someone else still needed there is gone now.
+        for item in plan.scheduled:
+            covered = len(item.sequence.block_table) * self.block_size
+            for position in range(item.start, covered):
+                self.slots[self.slot(item.sequence, position)] = "garbage"
+        for item in plan.scheduled:
+            sequence = item.sequence
+            for position in range(item.start, item.end):
+                past = tuple(sequence.token_ids[: position + 1])
+                self.slots[self.slot(sequence, position)] = (sequence.salt, past)
+        for item in plan.scheduled:
+            self.check_past(item.sequence, item.end)
+        return [self.result(item) for item in plan.scheduled]
+
+    def check_past(self, sequence, end):
+        for position in range(end):
+            held = self.slots[self.slot(sequence, position)]
+            assert held == (sequence.salt, tuple(sequence.token_ids[: position + 1]))
+
+    def result(self, item):
+        sequence = item.sequence
+        arrival = self.arrivals[sequence.request.request_id]
+        if item.samples and arrival.error_at == sequence.num_output_tokens:
+            return SequenceResult(None, error="not finite")
+        prompt = ()
+        if sequence.sampling.prompt_logprobs is not None:
+            last = min(item.end, sequence.prompt_len - 1)
+            prompt = tuple(
+                TokenLogprobs(sequence.token_ids[p], -float(p), 1, [])
+                for p in range(item.start + 1, last + 1)
+            )
+        if not item.samples:
+            return SequenceResult(None, prompt_logprobs=prompt)
+        salt, past = self.slots[self.slot(sequence, item.end - 1)]
+        return SequenceResult(next_token(salt, past), prompt_logprobs=prompt)
+
+
+SHARED = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 0, 2, 2, 0, 1, 0]
+
+
+def random_arrival(random, number, last_step):
+    tail = random.choices(range(3), k=random.randint(0, 5))
+    adapter = random.choice([None, None, *ADAPTER_SIZES])
+    cache_salt = random.choice([None, None, None, "tenant"])
+    max_tokens = random.randint(1, 14)
+    request = GenerationRequest(
+        request_id=f"r{number}",
+        prompt_token_ids=[*SHARED[: random.choice([0, 5, 12, 16])], *tail] or [0],
+        sampling=SamplingParams(
+            max_tokens=max_tokens,
+            seed=0,
+            min_tokens=random.choice([0, 0, random.randint(1, 14)]),
+            end_token_ids=random.choice([(), (), (END,)]),
+            stop_token_ids=random.choice([(), (), (STOP,)]),
+            prompt_logprobs=random.choice([None, None, None, 0]),
+        ),
+        adapter_id=adapter,
+        cache_salt=cache_salt,
+        priority=random.choice([0, 0, -1, 1]),
+        output_token_ids=random.choices(range(3), k=random.choice([0, 0, 0, max_tokens // 2])),
+    )
+    return Arrival(
+        request,
+        f"{adapter}/{cache_salt}".encode(),
+        step=random.randint(0, last_step),
+        abort=random.randint(0, 60) if random.random() < 0.15 else None,
+        error_at=random.randint(0, 8) if random.random() < 0.1 else None,
+    )
+
+
+def random_trace(seed):
+    random = Random(seed)
+    seqs = random.randint(1, 7)
+    limits = SchedulerLimits(
+        seqs,
+        max_num_batched_tokens=random.choice([seqs, random.randint(seqs, 24), 64]),
+        max_model_len=random.choice([2, 16, 30, 48]),
+        max_overtakes=random.randint(0, 4),
+    )
+    block_size = random.choice([1, 2, 3, 4])
+    num_blocks = random.randint(20, 64) // block_size
+    last_step = random.choice([0, 10, 40])
+    arrivals = [random_arrival(random, n, last_step) for n in range(random.randint(1, 20))]
+    return Trace(limits, num_blocks, block_size, random.random() < 0.8, arrivals)
+
+
+class Trace:
+    """Plays one trace and checks every step and every end of it."""
+
+    def __init__(self, limits, num_blocks, block_size, caching, arrivals):
+        self.limits = limits
+        self.slots = FakeSlots()
+        self.blocks = BlockManager(num_blocks, block_size, caching)
+        self.scheduler = Scheduler(limits, self.blocks, self.slots)
+        self.arrivals = {arrival.request.request_id: arrival for arrival in arrivals}
+        self.runner = SimulatedRunner(block_size, self.arrivals)
+        self.ended = {}
+        self.overtaken = False
+        self.barred = False
+
+    def play(self):
+        last = max(arrival.step for arrival in self.arrivals.values())
+        bound = last + 30 * sum(
+            len(a.request.prompt_token_ids) + a.request.sampling.max_tokens
+            for a in self.arrivals.values()
+        )
+        step = 0
+        while step <= last or self.scheduler.has_work:
+            assert step <= bound, "some sequence starves"
+            self.take_commands(step)
+            if self.scheduler.has_work:
+                self.run_step()
+            step += 1
+
+    def take_commands(self, step):
+        for number, (name, arrival) in enumerate(self.arrivals.items()):
+            if arrival.step == step:
+                self.submit(name, Sequence(arrival.request, arrival.salt, number))
+            if arrival.abort == step:
+                live = name not in self.ended and arrival.step <= step
+                assert self.scheduler.abort(name) is live
+                if live:
+                    self.end(name, FinishReason.ABORT)
+        self.scheduler.check_integrity()
+
+    def submit(self, name, sequence):
+        limit = self.scheduler.max_tokens_that_fit
+        try:
+            self.scheduler.add(sequence)
+        except SequenceTooLong:
+            assert len(sequence.token_ids) >= limit
+            self.end(name, None)
+        else:
+            assert len(sequence.token_ids) < limit
+
+    def run_step(self):
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        self.check_plan(plan)
+        updates = self.scheduler.commit(plan, self.runner.run(plan))
+        self.scheduler.check_integrity()
+        for update in updates:
+            assert update.request_id not in self.ended
+            self.arrivals[update.request_id].updates.append(update)
+            if update.finish_reason is not None:
+                self.end(update.request_id, update.finish_reason)
+
+    def check_plan(self, plan):
+        assert plan.scheduled
+        assert not plan.unservable
+        assert plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert len(plan.scheduled) <= self.scheduler.num_running <= self.limits.max_num_seqs
+        planned = {item.sequence for item in plan.scheduled}
+        running = self.scheduler._running.values()
+        assert {seq for seq in running if seq.num_uncomputed_tokens == 1} <= planned
+        held = Counter(seq.request.adapter_id for seq in running)
+        del held[None]
+        assert +self.slots.held == held
+        for sequence in map(self.scheduler._waiting.__getitem__, range(self.scheduler.num_waiting)):
+            assert sequence.num_overtaken <= self.limits.max_overtakes
+            self.overtaken |= sequence.num_overtaken > 0
+            self.barred |= sequence.num_overtaken == self.limits.max_overtakes > 0
+
+    def end(self, name, reason):
+        assert name not in self.ended
+        self.ended[name] = reason
+
+    def check_ends(self):
+        assert self.ended.keys() == self.arrivals.keys()
+        assert self.blocks.num_used == 0
+        assert self.blocks.num_free == self.blocks.num_blocks
+        assert not +self.slots.held
+        for name, reason in self.ended.items():
+            if reason is not None:
+                self.check_output(self.arrivals[name], reason)
+
+    def check_output(self, arrival, reason):
+        tokens, expected_reason, stop = arrival.expected(self.scheduler.max_tokens_that_fit)
+        tokens = tokens[len(arrival.request.output_token_ids) :]
+        got = [token for update in arrival.updates for token in update.token_ids]
+        if reason is FinishReason.ABORT:
+            assert got == tokens[: len(got)]
+            return
+        assert (got, reason) == (tokens, expected_reason)
+        assert arrival.updates[-1].stop_token_id == stop
+        prompt = arrival.request.prompt_token_ids
+        sent = [entry for update in arrival.updates for entry in update.prompt_logprobs]
+        if arrival.request.sampling.prompt_logprobs is not None and tokens:
+            assert [entry.logprob for entry in sent] == [-float(p) for p in range(1, len(prompt))]
+            assert [entry.token_id for entry in sent] == prompt[1:]
+            assert all(update.num_cached_tokens == 0 for update in arrival.updates)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_random_traffic(seed):
+    trace = random_trace(seed)
+    trace.play()
+    trace.check_ends()
+
+
+def test_the_traffic_reaches_every_part():
+    """Random traces prove nothing about what they do not do."""
+    seen = Counter()
+    for seed in range(150):
+        trace = random_trace(seed)
+        trace.play()
+        trace.check_ends()
+        seen["preempted"] += trace.scheduler.num_preemptions > 0
+        seen["prefix hit"] += trace.blocks.prefix_hits > 0
+        seen["overtaken"] += trace.overtaken
+        seen["barred"] += trace.barred
+        seen.update(set(trace.ended.values()))
+    ends = [None, *FinishReason]
+    kinds = ["preempted", "prefix hit", "overtaken", "barred", *ends]
+    assert all(seen[kind] >= 5 for kind in kinds), seen
