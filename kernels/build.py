@@ -1,8 +1,8 @@
 """Compiles the C++ kernels at first use into a shared library that later starts find again.
 
-A library is compiled for the very CPU it runs on, so it is built here rather than shipped; no header
-of torch is included, which keeps that to seconds. It links the OpenMP runtime that torch has loaded:
-with two of them in one process, two pools of threads would wait actively on the same cores.
+A library is compiled for the very CPU it runs on, so it is built here rather than shipped; no
+header of torch is included, which keeps that to seconds. It links the OpenMP runtime that torch has
+loaded: with two of them in one process, two pools of threads would wait actively on the same cores.
 """
 
 import hashlib

@@ -33,9 +33,7 @@ _TENSOR_NAME = re.compile(
     rf"base_model\.model\.(.{{1,{MAX_PATH_LENGTH}}})\.(lora_A\.weight|lora_B\.weight|lora_B\.bias)"
 )
 
-_CHANGES_THE_SUM = (
-    "it computes something else than LoRA: save the adapter with PEFT's convert_to_lora"
-)
+_CHANGES_THE_SUM = "it computes something else than LoRA: train without it"
 
 RULES = FieldRules(
     implemented=frozenset(

@@ -6,7 +6,8 @@ For query row i of a sequence with q_len query rows and context_len keys (this s
     hi = context_len - q_len + i,  lo = max(0, hi - window + 1), or 0 without a window,
 
 where key j of a sequence is ``cache[block_table[j // block_size], head, j % block_size]``, and
-query head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
+query head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention,
+arXiv:2309.06180).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """The compiled library: found again, rebuilt when anything changes, and on torch's own threads."""
 
 import logging
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -119,29 +118,33 @@ def test_backends_by_name(compiled: Backend) -> None:
         select_backend("fast")
 
 
-def test_one_openmp_runtime_and_torchs_number_of_threads(compiled: Backend) -> None:
-    """In a process of its own: after both have run in parallel, one runtime with torch's threads."""
-    script = (
-        "import os, torch\n"
-        "from deltamux.kernels.backend import compiled_backend\n"
-        "torch.set_num_threads({threads})\n"
-        "x = torch.randn(512, 4096)\n"
-        "compiled_backend().silu_mul(x)\n"
-        "ours = len(os.listdir('/proc/self/task'))\n"
-        "x.exp()\n"
-        "both = len(os.listdir('/proc/self/task'))\n"
-        "maps = open('/proc/self/maps').read().split()\n"
-        "print(len({{w for w in maps if 'gomp' in w or 'iomp' in w or 'libomp' in w}}), ours, both)\n"
-    )
-    counts = {}
-    for threads in (1, 3):
-        command = [sys.executable, "-c", script.format(threads=threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-        runtimes, ours, both = map(int, done.stdout.split())
-        assert runtimes == 1
-        assert both == ours, "torch started threads beside ours"
-        counts[threads] = ours
-    assert counts[3] == counts[1] + 2
+THREADS_SCRIPT = """
+import os, sys, torch
+from deltamux.kernels.backend import compiled_backend
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(int(sys.argv[1]))
+kernels, x = compiled_backend(), torch.randn(512, 4096)
+before = threads()
+kernels.silu_mul(x)
+ours = threads()
+x.exp()
+maps = open("/proc/self/maps").read().split()
+runtimes = {path for path in maps if "gomp" in path or "iomp" in path or "libomp" in path}
+print(len(runtimes), ours - before, threads() - ours)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_openmp_runtime_with_torchs_threads(compiled: Backend, threads: int) -> None:
+    command = [sys.executable, "-c", THREADS_SCRIPT, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    runtimes, started_by_us, started_by_torch = map(int, done.stdout.split())
+    assert runtimes == 1
+    assert started_by_us == threads - 1
+    assert started_by_torch == 0, "torch did not find the threads we had started"
 
 
 def test_the_number_of_threads_does_not_change_a_bit(compiled: Backend) -> None:

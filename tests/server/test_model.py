@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltamux.adapters.batch import AdapterBatch
-from deltamux.kernels.backend import reference_backend
+from deltamux.kernels.backend import Backend, reference_backend, select_backend
 from deltamux.kernels.low_rank.op import LowRankTable, Segments
 from deltamux.server.model.decoder import Decoder
 from deltamux.server.model.loader import load_model
@@ -60,8 +60,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_model(folder, dtype, torch.device("cpu"), reference_backend())
+@pytest.fixture(scope="module", params=["reference", "auto"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return select_backend(request.param)
+
+
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, backend: Backend | None = None
+) -> Decoder:
+    return load_model(folder, dtype, torch.device("cpu"), backend or reference_backend())
 
 
 def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -79,7 +86,7 @@ def random_sequences(lengths: list[int], rng: random.Random) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_mixed_chunked_batches_equal_transformers(
-    variant: str, tiny_model: TinyModel
+    variant: str, backend: Backend, tiny_model: TinyModel
 ) -> None:
     family, overrides = VARIANTS[variant]
     folder = tiny_model(family, **overrides)
@@ -87,7 +94,7 @@ def test_logits_of_mixed_chunked_batches_equal_transformers(
     lengths = [61, 1, 37, 90, 5]
     sequences = random_sequences(lengths, rng)
     expected = [oracle_logits(model, tokens) for tokens in sequences]
-    run = PagedRun(load(folder), sequences, block_size=4)
+    run = PagedRun(load(folder, backend=backend), sequences, block_size=4)
 
     for chunks in random_schedule(lengths, rng, largest_chunk=30):
         for (index, start, end), logits in zip(chunks, run.step(chunks), strict=True):
