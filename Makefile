@@ -34,7 +34,7 @@ format: .venv/installed-test ## Let ruff rewrite what `make lint` would complain
 	$(BIN)/ruff format
 
 bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
-	benchmarks/run.sh $(BIN)
+	benchmarks/run.sh $(BIN) $(ARGS)
 
 demo-adapters: .venv/installed-train ## Train examples/adapters again (minutes on a CPU)
 	$(BIN)/python examples/train_demo_adapters.py $(ARGS)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # First figures: starts a server with 16 synthetic adapters, measures the base alone and then all 16,
-# and stops it. The argument is the bin folder of a virtual environment with the bench extra.
+# and stops it. The first argument is the bin folder of a virtual environment with the bench extra, the
+# others go to serve.py.
 set -euo pipefail
 bin=$(cd "${1:-.venv/bin}" && pwd)
+shift || true
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 port=${PORT:-8011}
 url=http://127.0.0.1:$port
@@ -15,5 +17,5 @@ until "$bin/python" -c 'import sys, httpx; httpx.get(sys.argv[1]).raise_for_stat
     kill -0 "$server" || { echo "the server ended before it was ready" >&2; exit 1; }
     sleep 1
 done
-"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64
-"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 --adapters 16
+"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 "$@"
+"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 --adapters 16 "$@"

@@ -4,6 +4,8 @@ Background streams run without a pause over the given models. Every cycle loads 
 new name, starts a request on it, unloads it after its first token and waits for its last: a request
 in flight keeps the adapter it started with. The resident memory of the server's processes is
 sampled after every cycle; its slope over the second half tells a leak from a cache that fills up.
+Start the server with a ``--memory-budget`` that the first half can fill: the KV cache is touched
+page by page for the first time as long as there are blocks no request has used.
 
 The last line of the output is one JSON object. Exits 1 if any request failed.
 

@@ -216,7 +216,8 @@ def save(model: PeftModel, folder: Path) -> None:
     config = model.peft_config["default"]
     config.base_model_name_or_path = BASE_ID
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order is random
-    model.save_pretrained(str(folder))
+    # No embedding is touched; to find that out PEFT would ask the hub for the base's configuration.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()  # an empty model card
 
 

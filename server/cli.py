@@ -265,10 +265,22 @@ def inspect(path: Path) -> None:
     from ..adapters.inspect import describe
 
     try:
-        click.echo(describe(path))
+        adapter = describe(path)
     except AdapterError as error:
-        click.echo(f"refused: {type(error).__name__}: {error}")
+        click.echo(f"refused: {error}")
         raise SystemExit(1) from error
+    lines = {
+        "kind": f"{adapter.kind} ({adapter.library})",
+        "digest": adapter.digest,
+        "base model": adapter.base_model or "not named",
+        "ranks": ", ".join(map(str, adapter.ranks)) or "none",
+        "modules": f"{adapter.num_modules} ({', '.join(adapter.target_modules)})",
+        "parameters": f"{adapter.num_parameters:,}",
+        "device bytes": f"{adapter.num_bytes_bfloat16:,} in bfloat16",
+        "primitives": ", ".join(f"{count} {name}" for name, count in adapter.primitives.items()),
+    }
+    for name, value in lines.items():
+        click.echo(f"{name + ':':<14}{value}")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

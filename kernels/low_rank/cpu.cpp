@@ -1,8 +1,8 @@
 // add_low_rank on the CPU. A unit of work is up to BLOCK_ROWS rows of one segment and one target:
 //   shrink  h = x A^T   (rows, rank) float32, stays in the first cache level,
 //   expand  y += h B + c.
-// Every (row, rank) and every (row, column) has one accumulator that runs over its sum in order, so a
-// row's result has the same bits in a segment of one row and in one of a thousand.
+// Every (row, rank) and every (row, column) has one accumulator that runs over its sum in order, so
+// a row's result has the same bits in a segment of one row and in one of a thousand.
 #include <memory>
 #include <vector>
 
@@ -170,7 +170,8 @@ struct Call {
 
     const char* add_segment(int64_t start, int64_t end, int64_t slot) {
         if (!inside(start, end - start, rows)) return "a segment reaches outside the batch's rows";
-        if (slot < 0 || slot >= table.slots) return "a segment names an adapter slot outside the table";
+        if (slot < 0 || slot >= table.slots)
+            return "a segment names an adapter slot outside the table";
         for (int64_t t = 0; t < targets.count; ++t)
             if (const char* error = add_target(start, end, slot, t)) return error;
         return nullptr;
@@ -181,8 +182,10 @@ struct Call {
         const int64_t column = targets.out_starts[t], width = targets.out_sizes[t];
         const int64_t rank = table.rank[cell], bias_at = table.bias_offset[cell];
         if (rank == 0 && bias_at < 0) return nullptr;
-        if (!inside(column, width, out_size)) return "a target reaches outside the output's columns";
-        const int64_t a_at = rank ? table.a_offset[cell] : 0, b_at = rank ? table.b_offset[cell] : 0;
+        if (!inside(column, width, out_size))
+            return "a target reaches outside the output's columns";
+        const int64_t a_at = rank ? table.a_offset[cell] : 0;
+        const int64_t b_at = rank ? table.b_offset[cell] : 0;
         if (!inside(a_at, rank * in_size, table.pool_size) ||
             !inside(b_at, rank * width, table.pool_size) ||
             (bias_at >= 0 && !inside(bias_at, width, table.pool_size)))

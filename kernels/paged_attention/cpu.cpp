@@ -1,8 +1,8 @@
-// write_kv and paged_attention on the CPU. A unit of work is one sequence, one KV head and a tile of
-// query rows with all heads that share it, so that each key and value is read once for all of them.
+// write_kv and paged_attention on the CPU. A unit of work is one sequence, one KV head and a tile
+// of query rows with all heads that share it, so that each key and value is read once for them all.
 // Keys pass in tiles of TILE that begin at multiples of TILE in the sequence; softmax is online
-// (arXiv:1805.02867) with one step a tile. Neither depends on the query tile, so a row's result has the
-// same bits in a decode step and in any prefill chunk, whatever else is in the batch.
+// (arXiv:1805.02867) with one step a tile. Neither depends on the query tile, so a row's result has
+// the same bits in a decode step and in any prefill chunk, whatever else is in the batch.
 #include <memory>
 #include <vector>
 
@@ -44,7 +44,9 @@ struct Step {
     int64_t window;  // keys a row sees at most
 
     int64_t q_len(int64_t i) const { return batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i]; }
-    const int32_t* block_table(int64_t i) const { return batch.block_tables + i * batch.max_blocks; }
+    const int32_t* block_table(int64_t i) const {
+        return batch.block_tables + i * batch.max_blocks;
+    }
 };
 
 struct Unit {
@@ -65,7 +67,8 @@ struct Scratch {
 
     Scratch(int64_t head_dim, int64_t max_queries)
         : width(div_up(head_dim, Pack<T>::SIZE) * Pack<T>::SIZE),
-          memory(new CacheLine[(max_queries * (2 * width + LANES + 1) + TILE * 2 * width) / LANES + 1]),
+          memory(new CacheLine[(max_queries * (2 * width + LANES + 1) + 2 * TILE * width) / LANES +
+                               1]),
           queries(memory[0].floats),
           keys(queries + max_queries * width),  // (width, TILE): transposed
           values(keys + TILE * width),          // (TILE, width)
@@ -122,7 +125,8 @@ void unpack_keys(const PagedHead<T>& keys, int64_t base, int64_t lo, int64_t hi,
 }
 
 template <class T>
-void unpack_values(const PagedHead<T>& values, int64_t base, int64_t lo, int64_t hi, Scratch<T>& s) {
+void unpack_values(const PagedHead<T>& values, int64_t base, int64_t lo, int64_t hi,
+                   Scratch<T>& s) {
     for (int64_t j = lo; j < hi; ++j)
         unpack_head(values.row(base + j), values.head_dim, s.values + j * s.width);
 }
@@ -163,8 +167,8 @@ INLINE void score(const Scratch<T>& s, int64_t q, int64_t lo, int64_t hi, float 
 }
 
 // One online softmax step of one query over keys lo .. hi of a tile; scores of the other keys among
-// 0 .. `end` become weights of zero. Returns the factor for what was summed before. Not inlined: every
-// path must round alike.
+// begin .. end become weights of zero. Returns the factor for what was summed before. Not inlined:
+// every path must round alike.
 __attribute__((noinline)) float soften(float* scores, int64_t lo, int64_t hi, int64_t begin,
                                        int64_t end, float scale, float& highest, float* total) {
     constexpr float LOWEST = -__builtin_inff();

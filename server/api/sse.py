@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -75,9 +75,10 @@ class EventStream(Response):
         receive: Receive,
         send: Send,
     ) -> None:
-        """Send the answer, as long as the client is there."""
+        """Send the answer, as long as the client is there; its leaving is no error."""
         async with aclosing(self._chunks):
-            await while_connected(receive, self._send(send))
+            with suppress(ClientGone):
+                await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

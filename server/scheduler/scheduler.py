@@ -208,20 +208,20 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         position = 0
         overtaken = 0
-        refused: set[int] = set()
+        refused: set[int | None] = set()
         while self._has_room(step) and position < len(self._waiting):
             sequence = self._waiting[position]
-            cached = self._blocks.find_cached(sequence, sequence.cache_limit)
-            # One spare block per running sequence, or its next token would preempt this one.
-            if not self._blocks.can_allocate(
-                cached, len(sequence.token_ids), spare=len(self._running)
-            ):
-                break
-            if self._acquire(sequence, refused):
-                self._start(self._waiting.pop(position), cached)
-                step.put(sequence)
-                overtaken = position
-            elif not self._running:
+            if sequence.request.adapter_id not in refused:
+                cached = self._blocks.find_cached(sequence, sequence.cache_limit)
+                if not self._fits(sequence, cached):
+                    break
+                if self._acquire_adapter(sequence):
+                    self._start(self._waiting.pop(position), cached)
+                    step.put(sequence)
+                    overtaken = position
+                    continue
+                refused.add(sequence.request.adapter_id)
+            if not self._running:
                 del self._sequences[self._waiting.pop(position).request.request_id]
                 step.unservable.append(sequence)
             elif sequence.num_overtaken >= self.limits.max_overtakes:
@@ -233,16 +233,14 @@ class Scheduler:
     def _has_room(self, step: _Step) -> bool:
         return step.budget > 0 and len(self._running) < self.limits.max_num_seqs
 
-    def _acquire(self, sequence: Sequence, refused: set[int]) -> bool:
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        # One spare block for every running sequence, or its next tokens would preempt this one.
+        spare = len(self._running)
+        return self._blocks.can_allocate(cached, len(sequence.token_ids), spare)
+
+    def _acquire_adapter(self, sequence: Sequence) -> bool:
         adapter_id = sequence.request.adapter_id
-        if adapter_id is None:
-            return True
-        if adapter_id in refused:
-            return False
-        if self._adapters.acquire(adapter_id):
-            return True
-        refused.add(adapter_id)
-        return False
+        return adapter_id is None or self._adapters.acquire(adapter_id)
 
     def _start(self, sequence: Sequence, cached: list[int]) -> None:
         self._blocks.allocate(sequence, cached, len(sequence.token_ids))

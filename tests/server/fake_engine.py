@@ -204,7 +204,7 @@ def serving(tokenizer: Tokenizer, limits: Limits | None = None) -> Iterator[Runn
     engine = FakeEngine(tokenizer)
     state = make_state(engine, limits or Limits())
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(create_app(state), log_level="critical", lifespan="off", ws="none")
+        config = uvicorn.Config(create_app(state), log_config=None, lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()

@@ -32,15 +32,17 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stall_after", [0, 3])
-def test_a_client_that_goes_away_is_cancelled(server, path, stream, stall_after):
-    server.engine.stall_after = stall_after
+def test_a_client_that_goes_away_is_cancelled(tokenizer, caplog, path, stream, stall_after):
     messages = [{"role": "user", "content": "hi"}]
     prompt = {"messages": messages} if "chat" in path else {"prompt": "x"}
-    leave_when_stalled(server, path, {"model": "base", "stream": stream, "n": 2, **prompt}, 2)
-    for _ in range(2):
-        assert server.engine.on_abort.acquire(timeout=30)
+    with serving(tokenizer) as server:
+        server.engine.stall_after = stall_after
+        leave_when_stalled(server, path, {"model": "base", "stream": stream, "n": 2, **prompt}, 2)
+        for _ in range(2):
+            assert server.engine.on_abort.acquire(timeout=30)
     assert len(set(server.engine.aborted)) == 2
     assert server.engine.finished == []
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_closing_a_stream_cancels_it(server, client):
@@ -87,9 +89,10 @@ def test_an_engine_that_dies_ends_a_stream_with_an_error(server, client):
     assert raised.value.status_code == 503
 
 
-def test_an_unexpected_failure_shows_nothing_of_itself(server):
-    server.engine.refusal = RuntimeError("secret detail")
-    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "base", "prompt": "x"})
+def test_an_unexpected_failure_is_logged_and_shows_nothing_of_itself(tokenizer, caplog):
+    with serving(tokenizer) as server:
+        server.engine.refusal = RuntimeError("secret detail")
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "base", "prompt": "x"})
     assert answer.status_code == 500
     assert answer.json()["error"] == {
         "message": "Internal server error.",
@@ -97,6 +100,7 @@ def test_an_unexpected_failure_shows_nothing_of_itself(server):
         "param": None,
         "code": 500,
     }
+    assert "secret detail" in caplog.text
 
 
 def test_an_engine_that_is_down_is_not_asked(server, client):

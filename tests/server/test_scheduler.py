@@ -251,6 +251,8 @@ def test_an_error_ends_its_sequence_alone_and_leaves_nothing_findable():
     bench = Bench()
     bad = bench.add("bad", 8, adapter=1)
     bench.add("good", 8)
+    bench.step()
+    assert len(bench.blocks.find_cached(bad, 8)) == 2
     plan = bench.scheduler.schedule()
     results = [SequenceResult(None, error="not finite"), SequenceResult(5)]
     updates = bench.scheduler.commit(plan, results)
@@ -353,11 +355,12 @@ def test_a_preempted_sequence_takes_what_is_left_of_its_prefix_from_the_cache():
 
 def test_admission_keeps_a_spare_block_for_every_running_sequence():
     bench = Bench(blocks=4)
-    bench.add("a", 4)
+    bench.add("a", 2, max_tokens=3)
     bench.step()
-    bench.add("b", range(50, 60))
+    bench.add("b", range(50, 60))  # three blocks are free, and it needs three
     assert set(bench.step()[0]) == {"a"}
-    assert bench.scheduler.num_preemptions == 0
+    assert set(bench.step()[0]) == {"a"}
+    assert set(bench.step()[0]) == {"b"}
 
 
 def test_nothing_passes_a_head_that_waits_for_blocks():
@@ -398,6 +401,10 @@ def test_steps_in_which_nothing_passes_do_not_count_as_overtaking():
     bench.add("base", 2)
     assert "base" in bench.step()[0]
     assert head.num_overtaken == 1
+    bench.scheduler.abort("holder")
+    bench.slots.room = 2
+    assert "head" in bench.step()[0]
+    assert head.num_overtaken == 0  # a later wait counts anew
 
 
 def test_an_adapter_that_never_fits_ends_its_sequence_with_an_error():

@@ -1,0 +1,185 @@
+"""Times the compiled kernels beside the reference and beside the time its bytes take to be read.
+
+    python benchmarks/kernels.py [--threads N] [--seed N]
+
+Shapes are those of SmolLM2-135M in bfloat16: a decode step of 16 sequences, each with an adapter of
+its own, and a prefill of 512 tokens. Weights and caches of 30 layers are walked in turn, so that a
+decode step reads from memory what it would read there. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from machine import describe_machine, describe_versions
+from torch import Tensor
+
+from deltamux.kernels.backend import Backend, compiled_backend, reference_backend
+from deltamux.kernels.low_rank.op import LowRankTable, Segments, SiteTargets
+from deltamux.kernels.paged_attention.op import PagedBatch
+
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 30, 576, 1536, 9, 3, 64, 16
+SITES = {
+    "qkv": (HIDDEN, (576, 192, 192)),
+    "o": (HIDDEN, (HIDDEN,)),
+    "gate_up": (HIDDEN, (INNER, INNER)),
+    "down": (INNER, (HIDDEN,)),
+}
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: ``run(backend, layer)``, and the bytes of weights or cache one layer reads."""
+
+    name: str
+    run: Callable[[Backend, int], object]
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call, the best of several rounds; the floor is bytes over bandwidth."""
+
+    name: str
+    compiled_us: float
+    reference_us: float
+    floor_us: float | None
+
+
+def low_rank_case(site: str, rows_each: int, adapters: int, rank: int) -> Case:
+    """Every adapter corrects ``rows_each`` rows at every target of the site."""
+    in_size, widths = SITES[site]
+    sizes = torch.tensor([rank * (in_size + width) for width in widths]).repeat(LAYERS)
+    cells = sizes[:, None].expand(-1, adapters).reshape(-1)
+    a_offset = (cells.cumsum(0) - cells).view(-1, adapters)
+    table = LowRankTable(
+        pool=torch.randn(int(cells.sum())).to(DTYPE),
+        rank=torch.full_like(a_offset, rank, dtype=torch.int32),
+        a_offset=a_offset,
+        b_offset=a_offset + rank * in_size,
+        bias_offset=torch.full_like(a_offset, -1),
+    )
+    starts = tuple(sum(widths[:t]) for t in range(len(widths)))
+    targets = [SiteTargets(layer * len(widths), starts, widths) for layer in range(LAYERS)]
+    rows = torch.arange(0, (adapters + 1) * rows_each, rows_each, dtype=torch.int32)
+    slots = torch.arange(adapters, dtype=torch.int32)
+    segments = Segments(rows[:-1].clone(), rows[1:].clone(), slots, rows_each)
+    x = torch.randn(adapters * rows_each, in_size).to(DTYPE)
+    y = torch.zeros(adapters * rows_each, sum(widths), dtype=DTYPE)
+    return Case(
+        f"low_rank {site} {adapters} adapters of rank {rank}, {rows_each} rows each",
+        lambda backend, layer: backend.add_low_rank(y, x, table, targets[layer], segments),
+        table.pool.nbytes // LAYERS,
+    )
+
+
+def attention_case(sequences: int, q_len: int, context: int) -> Case:
+    """Equal sequences over shuffled cache blocks."""
+    per_sequence = -(-context // BLOCK)
+    blocks = sequences * per_sequence
+    caches = torch.randn(LAYERS, 2, blocks, KV_HEADS, BLOCK, HEAD_DIM).to(DTYPE)
+    rows = torch.arange(0, (sequences + 1) * q_len, q_len, dtype=torch.int32)
+    batch = PagedBatch(
+        cu_seqlens_q=rows,
+        context_lens=torch.full((sequences,), context, dtype=torch.int32),
+        block_tables=torch.randperm(blocks, dtype=torch.int32).view(sequences, -1),
+        slot_mapping=torch.zeros(sequences * q_len, dtype=torch.int64),
+        max_seqlen_q=q_len,
+        max_context_len=context,
+    )
+    query = torch.randn(sequences * q_len, HEADS, HEAD_DIM).to(DTYPE)
+    return Case(
+        f"paged_attention {sequences} x {q_len} rows, context {context}",
+        lambda backend, layer: backend.paged_attention(
+            query, caches[layer, 0], caches[layer, 1], batch, HEAD_DIM**-0.5, None
+        ),
+        caches.nbytes // LAYERS,
+    )
+
+
+def elementwise_cases(rows: int) -> Iterator[Case]:
+    """The small operations between the GEMMs; their data stay in the caches."""
+    hidden, weight = torch.randn(rows, HIDDEN).to(DTYPE), torch.ones(HIDDEN, dtype=DTYPE)
+    residual = torch.zeros_like(hidden)
+    gate_up = torch.randn(rows, 2 * INNER).to(DTYPE)
+    qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM).to(DTYPE)
+    query, key = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS]
+    angle = torch.rand(rows, HEAD_DIM // 2)
+    cos, sin = angle.cos(), angle.sin()
+    yield Case(f"rms_norm {rows} rows", lambda b, _: b.rms_norm(hidden, weight, 1e-5))
+    yield Case(
+        f"add_rms_norm {rows} rows", lambda b, _: b.add_rms_norm(hidden, residual, weight, 1e-5)
+    )
+    yield Case(f"rotary {rows} rows", lambda b, _: b.rotary(query, key, cos, sin))
+    yield Case(f"silu_mul {rows} rows", lambda b, _: b.silu_mul(gate_up))
+
+
+def cases() -> Iterator[Case]:
+    """Decode, then prefill."""
+    for site in SITES:
+        yield low_rank_case(site, rows_each=1, adapters=16, rank=16)
+    yield attention_case(sequences=16, q_len=1, context=200)
+    yield from elementwise_cases(16)
+    for rank in (16, 64):
+        yield low_rank_case("gate_up", rows_each=512, adapters=1, rank=rank)
+    yield attention_case(sequences=1, q_len=512, context=512)
+    yield from elementwise_cases(512)
+
+
+def best_seconds(run: Callable[[int], object], rounds: int) -> float:
+    """Seconds of one call: the best round of LAYERS calls."""
+
+    def one_round() -> float:
+        started = time.perf_counter()
+        for layer in range(LAYERS):
+            run(layer)
+        return (time.perf_counter() - started) / LAYERS
+
+    return min(one_round() for _ in range(rounds))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which torch sums 256 MB."""
+    data: Tensor = torch.ones(64 << 20)
+    return data.nbytes / best_seconds(lambda _: data.sum(), rounds=1)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    compiled, reference, bandwidth = compiled_backend(), reference_backend(), read_bandwidth()
+    timings = []
+    for case in cases():
+        timing = Timing(
+            case.name,
+            1e6 * best_seconds(lambda layer, run=case.run: run(compiled, layer), rounds=7),
+            1e6 * best_seconds(lambda layer, run=case.run: run(reference, layer), rounds=1),
+            1e6 * case.num_bytes / bandwidth if case.num_bytes else None,
+        )
+        timings.append(timing)
+        floor = f", floor {timing.floor_us:.1f}" if timing.floor_us else ""
+        print(f"{timing.name}: {timing.compiled_us:.1f} us, {timing.reference_us:.1f}{floor}")
+    report = {
+        "benchmark": "kernels",
+        "machine": describe_machine(),
+        "versions": describe_versions("torch"),
+        "seed": options.seed,
+        "threads": options.threads,
+        "dtype": str(DTYPE),
+        "read_bytes_per_second": bandwidth,
+        "timings": [asdict(timing) for timing in timings],
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
