@@ -175,7 +175,8 @@ def batches(examples: list[tuple[Tensor, Tensor]], steps: int) -> Iterator[dict[
 
 def collate(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Right-pad to one length; logits are computed for the answers' columns only."""
-    ids, labels = zip(*examples, strict=True)
+    ids = [ids for ids, _ in examples]
+    labels = [labels for _, labels in examples]
     pad = torch.nn.utils.rnn.pad_sequence
     targets = pad(labels, batch_first=True, padding_value=IGNORED)
     first = (

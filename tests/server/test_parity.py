@@ -93,10 +93,9 @@ def gauge(metrics: str, name: str) -> float:
 
 async def stream_all(url: str, requests) -> tuple[list, float]:
     """Each request's (token ids, log-probabilities), and how many ran once all had begun."""
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
     begun = asyncio.Barrier(len(requests) + 1)
 
-    async def stream(name, prompt):
+    async def stream(client, name, prompt):
         token_ids, logprobs = [], []
         chunks = await client.completions.create(
             model=name or "base",
@@ -121,8 +120,9 @@ async def stream_all(url: str, requests) -> tuple[list, float]:
             metrics = (await http.get(f"{url}/metrics")).text
         return gauge(metrics, "vllm:num_requests_running")
 
-    tasks = [stream(name, prompt) for name, prompt in requests]
-    *results, running = await asyncio.gather(*tasks, count_running())
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        streams = [stream(client, name, prompt) for name, prompt in requests]
+        *results, running = await asyncio.gather(*streams, count_running())
     return results, running
 
 
