@@ -148,6 +148,7 @@ def cli() -> None:
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
+    callback=_refuse("float16"),
     help="auto: bfloat16 where the processor computes in it, else float32.",
 )
 @_option(

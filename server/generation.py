@@ -33,11 +33,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         presence_penalty: Subtracted once from the logit of every token in the output.
         frequency_penalty: Subtracted once per occurrence in the output.
         logit_bias: Added to the logits of these token ids.
-        seed: 64-bit. Token i of a sequence is drawn with a number that depends on (seed, i) alone, so
-            a sequence can be resumed anywhere and does not depend on its neighbours.
+        seed: 64-bit. Token i of a sequence is drawn with a number that depends on (seed, i)
+            alone: a sequence can be resumed anywhere and does not depend on its neighbours.
         end_token_ids: The model's own end tokens, empty under ``ignore_eos``.
         stop_token_ids: The request's own.
-        logprobs: Alternatives reported per generated token; 0 reports the chosen one alone, None none.
+        logprobs: Alternatives reported per generated token; 0 reports the chosen one alone.
         prompt_logprobs: The same per prompt token.
     """
 
@@ -103,7 +103,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
         request_id: Whose.
         token_ids: New tokens; an end or stop token is included.
         logprobs: One per new token where asked for.
-        prompt_logprobs: One per prompt token from the second on, in chunks as the prompt is computed.
+        prompt_logprobs: One per prompt token from the second on, as the prompt is computed.
         num_cached_tokens: Prompt tokens taken from the prefix cache.
         finish_reason: Set on the last update.
         stop_token_id: The end or stop token that ended it.

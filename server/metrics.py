@@ -60,15 +60,9 @@ class SequenceRecord:
 class Metrics:
     """All series of one server."""
 
-    def __init__(self, model_name: str, adapter_names: Names) -> None:
-        """Start every series at zero.
-
-        Args:
-            model_name: The base's served name, the label of all series.
-            adapter_names: Names of the adapters among some ids.
-        """
+    def __init__(self, model_name: str) -> None:
+        """Start every series, labelled with the base's served name, at zero."""
         self._model_name = model_name
-        self._adapter_names = adapter_names
         self._requested: Multiset[int] = Multiset()
         self._registry = CollectorRegistry()
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of sequences begun.")
@@ -108,8 +102,9 @@ class Metrics:
             self._forget(adapter_id)
 
     def step(self, stats: EngineStats) -> None:
-        """Count one engine step."""
-        self._step_tokens.observe(stats.step_tokens)
+        """Count what the engine did since its last report, which need not be a step."""
+        if stats.step_tokens:
+            self._step_tokens.observe(stats.step_tokens)
         self._queries.inc(stats.prefix_queries)
         self._hits.inc(stats.prefix_hits)
         self._preemptions.inc(stats.preemptions)
@@ -118,14 +113,19 @@ class Metrics:
         """Count one sequence that ended for ``reason``."""
         self._success.labels(self._model_name, _ENGINE, reason).inc()
 
-    def render(self, info: EngineInfo | None, stats: EngineStats | None) -> tuple[bytes, str]:
-        """(body, content type) of a scrape; gauges of an engine that is down are left out."""
+    def render(
+        self, info: EngineInfo | None, stats: EngineStats | None, adapter_names: Names
+    ) -> tuple[bytes, str]:
+        """(body, content type) of a scrape; gauges of an engine that is down are left out.
+
+        ``adapter_names`` gives the names of those of some adapter ids that have one.
+        """
         scrape = CollectorRegistry()
-        scrape.register(_Gauges(self._gauges(info, stats)))
+        scrape.register(_Gauges(self._gauges(info, stats, adapter_names)))
         return generate_latest(self._registry) + generate_latest(scrape), CONTENT_TYPE_PLAIN_0_0_4
 
     def _gauges(
-        self, info: EngineInfo | None, stats: EngineStats | None
+        self, info: EngineInfo | None, stats: EngineStats | None, adapter_names: Names
     ) -> list[GaugeMetricFamily]:
         gauges: list[GaugeMetricFamily] = []
         if info is not None:
@@ -136,10 +136,12 @@ class Metrics:
             gauges.append(self._gauge("num_requests_waiting", "Sequences waiting.", stats.waiting))
             gauges.append(self._gauge("kv_cache_usage_perc", "1 means full.", usage))
         if info is not None and stats is not None:
-            gauges.append(self._lora_requests(info, stats))
+            gauges.append(self._lora_requests(info, stats, adapter_names))
         return gauges
 
-    def _lora_requests(self, info: EngineInfo, stats: EngineStats) -> GaugeMetricFamily:
+    def _lora_requests(
+        self, info: EngineInfo, stats: EngineStats, adapter_names: Names
+    ) -> GaugeMetricFamily:
         """Gateway API's reading: "running" is on the device, "waiting" is asked for and is not."""
         waiting = [one for one in self._requested if one not in stats.device_adapters]
         family = GaugeMetricFamily(
@@ -147,8 +149,8 @@ class Metrics:
             "Adapters on the device and waited for; the value is the time of this scrape.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        running = ",".join(self._adapter_names(stats.device_adapters))
-        waited = ",".join(self._adapter_names(waiting))
+        running = ",".join(adapter_names(stats.device_adapters))
+        waited = ",".join(adapter_names(waiting))
         family.add_metric((str(info.adapter_slots), running, waited), time())
         return family
 

@@ -24,6 +24,9 @@ from .text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
 
+_SHUTDOWN_SECONDS = 5
+"""How long open streams may go on after the signal to stop."""
+
 
 class ServeError(Exception):
     """The server cannot start. The message says why and what to do."""
@@ -45,15 +48,20 @@ def run(config: ServeConfig) -> None:
 async def _serve(config: ServeConfig) -> None:
     folder = resolve_model(config.model, config.state_dir)
     listener = _listen(config.host, config.port)
-    async with _running_engine(config, folder) as engine:
+    metrics = Metrics(config.served_model_name)
+    async with _running_engine(config, folder, metrics) as engine:
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
         registry = AdapterRegistry(config.served_model_name, engine)
-        metrics = Metrics(config.served_model_name, registry.names)
         state = AppState(engine, tokenizer, registry, metrics, model_root=str(folder))
         server = uvicorn.Server(
-            uvicorn.Config(create_app(state), log_config=None, access_log=False)
+            uvicorn.Config(
+                create_app(state),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+            )
         )
-        starting = asyncio.create_task(_start_up(config, engine, registry, listener))
+        starting = asyncio.create_task(_start_up(config, engine, state, listener))
         starting.add_done_callback(lambda task: _stop_if_failed(task, server))
         await server.serve(sockets=[listener])
         if starting.done():
@@ -64,11 +72,12 @@ async def _serve(config: ServeConfig) -> None:
 
 
 async def _start_up(
-    config: ServeConfig, engine: EngineClient, registry: AdapterRegistry, listener: socket.socket
+    config: ServeConfig, engine: EngineClient, state: AppState, listener: socket.socket
 ) -> None:
     await engine.ready()
-    await _register_adapters(config, registry)
-    _say_ready(config, listener, registry)
+    await _register_adapters(config, state.registry)
+    state.started.set()
+    _say_ready(config, listener, state.registry)
 
 
 def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> None:
@@ -77,8 +86,10 @@ def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> N
 
 
 @contextlib.asynccontextmanager
-async def _running_engine(config: ServeConfig, folder: Path) -> AsyncIterator[EngineClient]:
-    engine = EngineClient(_engine_config(config, folder), config.max_waiting)
+async def _running_engine(
+    config: ServeConfig, folder: Path, metrics: Metrics
+) -> AsyncIterator[EngineClient]:
+    engine = EngineClient(_engine_config(config, folder), config.max_waiting, metrics.step)
     engine.start()
     try:
         yield engine

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+import torch
 
 from deltamux.server.model.source import resolve_model
 
 from .tiny_models import make_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and lose much where the machine is shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ..engine.errors import EngineUnavailable
 from .state import State
 
 router = APIRouter()
@@ -20,6 +21,8 @@ async def health() -> dict[str, str]:
 async def ready(state: State) -> dict[str, str]:
     """Requests are served; 503 before that and while the engine is down."""
     state.require_info()
+    if not state.started.is_set():
+        raise EngineUnavailable("The server is loading its adapters; try again shortly.")
     return {"status": "ready"}
 
 
@@ -32,5 +35,7 @@ async def show_version() -> dict[str, str]:
 @router.get("/metrics")
 async def metrics(state: State) -> Response:
     """Prometheus' text format."""
-    content, content_type = state.metrics.render(state.engine.info, state.engine.stats)
+    content, content_type = state.metrics.render(
+        state.engine.info, state.engine.stats, state.registry.names
+    )
     return Response(content, media_type=content_type)

@@ -1,5 +1,6 @@
 """What the routes work with, made once by the command line and handed to ``create_app``."""
 
+import asyncio
 from dataclasses import dataclass, field
 from time import time
 from typing import Annotated, cast
@@ -42,6 +43,7 @@ class AppState:
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         created: Unix time the server started.
+        started: Set once the adapters named at start are loaded.
     """
 
     engine: EnginePort
@@ -51,6 +53,7 @@ class AppState:
     model_root: str
     limits: Limits = Limits()
     created: int = field(default_factory=lambda: int(time()))
+    started: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def model_name(self) -> str:

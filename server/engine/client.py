@@ -8,7 +8,7 @@ import asyncio
 import logging
 import multiprocessing
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -70,12 +70,16 @@ class EngineClient:
     Args:
         config: What the engine runs.
         max_waiting: Requests beyond ``config.max_num_seqs`` that may be in flight.
+        on_stats: Called with every report of the engine.
     """
 
-    def __init__(self, config: EngineConfig, max_waiting: int) -> None:
+    def __init__(
+        self, config: EngineConfig, max_waiting: int, on_stats: Callable[[EngineStats], None]
+    ) -> None:
         """Prepare, within a running event loop; ``start`` starts the process."""
         self._config = config
         self._max_in_flight = config.max_num_seqs + max_waiting
+        self._on_stats = on_stats
         self._live: dict[str, _Live] = {}
         self._registered: dict[int, _Registered] = {}
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
@@ -227,6 +231,7 @@ class EngineClient:
         match event:
             case StepOutputs():
                 self._stats = event.stats
+                self._on_stats(event.stats)
                 self._deliver(event.updates)
             case AdapterLoaded():
                 self._settle_load(event.adapter_id, event.info)

@@ -191,8 +191,9 @@ def leave_when_stalled(server: Running, path: str, body: dict[str, object], time
 
 def make_state(engine: FakeEngine, limits: Limits) -> AppState:
     registry = AdapterRegistry(BASE, engine)
-    metrics = Metrics(BASE, registry.names)
-    return AppState(engine, engine.tokenizer, registry, metrics, "some/folder", limits)
+    state = AppState(engine, engine.tokenizer, registry, Metrics(BASE), "some/folder", limits)
+    state.started.set()
+    return state
 
 
 @contextmanager

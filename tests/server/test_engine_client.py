@@ -24,11 +24,13 @@ from .peft_oracle import Oracle
 
 @asynccontextmanager
 async def running_client(model, max_waiting=100, **changes):
-    client = EngineClient(engine_config(model, **changes), max_waiting)
+    reports = []
+    client = EngineClient(engine_config(model, **changes), max_waiting, reports.append)
     client.start()
     try:
         await client.ready()
         yield client
+        assert reports
     finally:
         await client.stop()
 
