@@ -20,7 +20,7 @@ from .answers import (
 from .choice import ChoiceDelta, ScoredToken
 from .generate import Gathered, Job, deltas, make_job
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from .prompts import chat_prompt
+from .prompts import chat_prompt, check_sequences
 from .protocol import ChatBody
 from .respond import respond
 from .security import json_only
@@ -33,6 +33,7 @@ router = APIRouter()
 async def create_chat_completion(body: ChatBody, request: Request, state: State) -> Response:
     """Add the model's turn to a conversation."""
     state.registry.resolve(body.model)
+    check_sequences(body, 1, state)
     prompt = await chat_prompt(body, state)
     job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs)
     return await respond(request, body, job, deltas(job, state), _Format(body, job, state))

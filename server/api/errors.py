@@ -27,6 +27,7 @@ from ..engine.errors import EngineError, QueueFull
 from .registry import RegistryError, UnknownAdapter, UnknownModel
 
 _MAX_MESSAGE = 1000
+_MAX_PARAM = 100
 
 
 class ApiError(HTTPException):
@@ -122,9 +123,10 @@ class ServiceUnavailable(ApiError):
 
 
 def error_body(message: str, kind: str, code: int, param: str | None) -> dict[str, object]:
-    """OpenAI's error object; a message that quotes a client at length is cut short."""
+    """OpenAI's error object; what quotes a client at length is cut short."""
     printable = message[:_MAX_MESSAGE].encode("utf-8", "replace").decode()
-    return {"error": {"message": printable, "type": kind, "param": param, "code": code}}
+    field = None if param is None else param[:_MAX_PARAM]
+    return {"error": {"message": printable, "type": kind, "param": field, "code": code}}
 
 
 def from_engine(error: EngineError) -> ApiError:

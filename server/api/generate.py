@@ -13,7 +13,6 @@ from uuid import uuid4
 from ..generation import GenerationRequest, TokenLogprobs
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
-from .errors import InvalidRequest
 from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
@@ -51,9 +50,8 @@ def make_job(
     """Fan a request out: choice ``c`` of prompt ``p`` has index ``p * n + c``.
 
     Raises:
-        InvalidRequest: Too many sequences, or token ids or lengths the model does not have.
+        InvalidRequest: Token ids or lengths the model does not have.
     """
-    _check_size(body, len(prompts), state)
     info = state.require_info()
     check_token_ids(body, info)
     job_id = f"{prefix}-{uuid4().hex}"
@@ -74,16 +72,6 @@ def make_job(
                 Choice(len(choices), prompt, request, tuple(body.stop), body.skip_special_tokens)
             )
     return Job(job_id, body.model, prompts, choices)
-
-
-def _check_size(body: GenerationBody, num_prompts: int, state: AppState) -> None:
-    limit = state.limits.max_sequences
-    if num_prompts * body.n > limit:
-        raise InvalidRequest(
-            f"{num_prompts} prompts times n={body.n} exceed the limit of {limit} sequences in one "
-            "request.",
-            "n" if num_prompts == 1 else body.prompt_field,
-        )
 
 
 async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]:

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from ..text.tokenizer import ChatTemplateError, Tokenizer
 from .errors import InvalidRequest
-from .protocol import CompletionBody, Conversation
+from .protocol import CompletionBody, Conversation, GenerationBody
 from .sampling import check_vocabulary
 from .state import AppState
 
@@ -33,11 +34,28 @@ async def completion_prompts(body: CompletionBody, state: AppState) -> list[Toke
     """The prompts of a completion request, at least one, none of them empty.
 
     Raises:
-        InvalidRequest: A prompt is too long, empty once tokenized, or not in the vocabulary.
+        InvalidRequest: There are too many prompts, or one is too long, empty once tokenized, or not
+            in the vocabulary.
     """
-    if isinstance(body.prompt, str):
-        return [await _from_text(body.prompt, body.add_special_tokens, state)]
-    return [await _from_item(item, body, state) for item in _items(body.prompt)]
+    items = _items(body.prompt)
+    check_sequences(body, len(items), state)
+    characters = sum(len(item) for item in items if isinstance(item, str))
+    return [await _from_item(item, body, characters, state) for item in items]
+
+
+def check_sequences(body: GenerationBody, num_prompts: int, state: AppState) -> None:
+    """Refuse more sequences than one request may have, before any prompt is tokenized.
+
+    Raises:
+        InvalidRequest: Naming the field that makes them so many.
+    """
+    limit = state.limits.max_sequences
+    if num_prompts * body.n > limit:
+        raise InvalidRequest(
+            f"{num_prompts} prompts times n={body.n} exceed the limit of {limit} sequences in one "
+            "request.",
+            "n" if num_prompts == 1 else body.prompt_field,
+        )
 
 
 async def chat_prompt(
@@ -61,7 +79,7 @@ async def chat_prompt(
         text = await _aside(render, characters, state)
     except ChatTemplateError as error:
         raise InvalidRequest(str(error), "messages") from error
-    return await _from_text(text, add_special_tokens, state, "messages")
+    return await _from_text(text, len(text), add_special_tokens, state, "messages")
 
 
 async def encode(text: str, add_special_tokens: bool, state: AppState) -> list[int]:
@@ -83,7 +101,9 @@ def check_characters(characters: int, state: AppState, param: str) -> None:
         )
 
 
-def _items(prompt: list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+def _items(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
     texts: list[str | list[int]] = []
     ids: list[int] = []
     for item in prompt:
@@ -94,18 +114,22 @@ def _items(prompt: list[str] | list[int] | list[list[int]]) -> list[str | list[i
     return [ids] if ids else texts
 
 
-async def _from_item(item: str | list[int], body: CompletionBody, state: AppState) -> TokenPrompt:
+async def _from_item(
+    item: str | list[int], body: CompletionBody, characters: int, state: AppState
+) -> TokenPrompt:
+    """``characters`` of all prompts together: many short ones hold up other streams like a long."""
     if isinstance(item, str):
-        return await _from_text(item, body.add_special_tokens, state)
+        return await _from_text(item, characters, body.add_special_tokens, state)
     check_vocabulary(item, state.require_info(), "prompt")
     return TokenPrompt(item)
 
 
 async def _from_text(
-    text: str, add_special_tokens: bool, state: AppState, param: str = "prompt"
+    text: str, characters: int, add_special_tokens: bool, state: AppState, param: str = "prompt"
 ) -> TokenPrompt:
     check_characters(len(text), state, param)
-    token_ids = await encode(text, add_special_tokens, state)
+    work = partial(state.tokenizer.encode, text, add_special_tokens)
+    token_ids = await _aside(work, characters, state)
     if not token_ids:
         raise InvalidRequest(f"{param}: the text has no tokens.", param)
     return TokenPrompt(token_ids, text)

@@ -25,6 +25,10 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIASES = 1024
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TEMPLATE_ARGUMENTS = 64
+MAX_FIELDS = 128
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -75,7 +79,7 @@ def _kind_of_prompt(value: object) -> str | None:
 
 Prompt = Annotated[
     Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(min_length=1), Tag("texts")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Field(fail_fast=True), Tag("tokens")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("token_lists")],
     Discriminator(
@@ -96,6 +100,9 @@ class Body(BaseModel):
     def _drop_what_asks_nothing(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            # Collecting an error for each of a million unknown fields would hold up every stream.
+            raise PydanticCustomError("fields", "more than {n} fields", {"n": MAX_FIELDS})
         return {
             name: value
             for name, value in data.items()
@@ -126,6 +133,13 @@ def _one_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: object) -> object:
+    """Checked here, because pydantic counts the items of a dict after it has judged each."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIASES:
+        raise PydanticCustomError("biases", "more than {n} entries", {"n": MAX_LOGIT_BIASES})
+    return value
+
+
 class GenerationBody(Body):
     """The fields that completions and chat completions share."""
 
@@ -146,12 +160,13 @@ class GenerationBody(Body):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict, max_length=MAX_LOGIT_BIASES
-    )
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+    ] = Field(default_factory=dict)
     seed: int | None = Field(default=None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
+    # The bounds come before the validator, so that they hold before any item is looked at.
     stop: Annotated[
-        list[StopString], BeforeValidator(_one_as_list), Field(max_length=MAX_STOP_STRINGS)
+        list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_one_as_list)
     ] = Field(default_factory=list)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGIT_BIASES)
     ignore_eos: bool = False
@@ -226,7 +241,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -247,12 +262,16 @@ class Message(Body):
         return turn if self.name is None else turn | {"name": self.name}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+TemplateArguments = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS)]
+
+
 class Conversation(Body):
     """What a chat template is rendered from."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
 
 
 class ChatBody(GenerationBody, Conversation):
@@ -298,9 +317,9 @@ class TokenizeBody(Body):
 
     model: Text | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
