@@ -1,5 +1,6 @@
-# deltamux with the demo base. On Linux the default torch carries CUDA; start the container with --gpus all.
-# For a CPU-only image name that build, and an index that has it:
+# deltamux with the demo base. On Linux the default torch carries CUDA, so that the image is ready for the
+# GPU path (see CHANGELOG.md); this release computes on the CPU. For a smaller, CPU-only image name that
+# build, and an index that has it:
 #     docker build --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=... -t deltamux .
 ARG PYTHON_IMAGE=python:3.12-slim
 
