@@ -14,7 +14,7 @@ from .api.app import create_app
 from .api.registry import AdapterRegistry, RegistryError
 from .api.state import AppState
 from .config import ServeConfig
-from .engine.client import EngineClient
+from .engine.client import EngineClient, EngineListener
 from .engine.config import EngineConfig
 from .engine.errors import EngineError
 from .metrics import Metrics
@@ -49,9 +49,10 @@ async def _serve(config: ServeConfig) -> None:
     folder = resolve_model(config.model, config.state_dir)
     listener = _listen(config.host, config.port)
     metrics = Metrics(config.served_model_name)
-    async with _running_engine(config, folder, metrics) as engine:
+    engine = EngineClient(_engine_config(config, folder), config.max_waiting)
+    registry = AdapterRegistry(config.served_model_name, engine)
+    async with _running(engine, EngineListener(metrics.step, registry.lose)):
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
-        registry = AdapterRegistry(config.served_model_name, engine)
         state = AppState(engine, tokenizer, registry, metrics, model_root=str(folder))
         server = uvicorn.Server(
             uvicorn.Config(
@@ -86,13 +87,10 @@ def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> N
 
 
 @contextlib.asynccontextmanager
-async def _running_engine(
-    config: ServeConfig, folder: Path, metrics: Metrics
-) -> AsyncIterator[EngineClient]:
-    engine = EngineClient(_engine_config(config, folder), config.max_waiting, metrics.step)
-    engine.start()
+async def _running(engine: EngineClient, listener: EngineListener) -> AsyncIterator[None]:
+    engine.start(listener)
     try:
-        yield engine
+        yield
     finally:
         await engine.stop()
 
@@ -132,10 +130,20 @@ async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> 
         except (AdapterError, RegistryError) as error:
             raise ServeError(f"--adapter {name}={path}: {error}") from error
     for folder in config.adapter_dirs:
-        for path in sorted(path for path in folder.resolve().iterdir() if path.is_dir()):
-            entry = await registry.register(path.name, str(path))
-            if entry.error is not None:
-                logger.warning("adapter %s is not served: %s", path.name, entry.error)
+        for path in sorted(
+            config_file.parent for config_file in folder.glob("*/adapter_config.json")
+        ):
+            await _register(path.resolve(), registry)
+
+
+async def _register(path: Path, registry: AdapterRegistry) -> None:
+    try:
+        entry = await registry.register(path.name, str(path))
+    except RegistryError as error:
+        logger.warning("the adapter at %s is not served: %s", path, error)
+    else:
+        if entry.error is not None:
+            logger.warning("adapter %s is not served: %s", entry.name, entry.error)
 
 
 def _say_ready(config: ServeConfig, listener: socket.socket, registry: AdapterRegistry) -> None:

@@ -5,10 +5,12 @@ A field of the OpenAI or vLLM API that this release does not serve is refused by
 the value that asks for nothing.
 """
 
+import json
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -93,7 +95,11 @@ Prompt = Annotated[
 class Body(BaseModel):
     """What every request body shares."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    # A bound on text, and it may be any, makes pydantic refuse lone surrogates: they are no UTF-8
+    # and could reach neither the tokenizer nor the engine.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, str_max_length=_INT32_MAX
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -262,8 +268,16 @@ class Message(Body):
         return turn if self.name is None else turn | {"name": self.name}
 
 
+def _is_utf8(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse lone surrogates where no type of a field does; UnicodeEncodeError is a ValueError."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-TemplateArguments = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS)]
+TemplateArguments = Annotated[
+    dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS), AfterValidator(_is_utf8)
+]
 
 
 class Conversation(Body):
@@ -367,4 +381,4 @@ class UnloadLoraBody(Body):
     """vLLM's ``POST /v1/unload_lora_adapter``."""
 
     lora_name: str = ""
-    lora_int_id: int | None = None
+    lora_int_id: int | None = Field(default=None, ge=0, le=_INT64_MAX)

@@ -6,6 +6,7 @@ is told to forget it when the last of them has ended.
 """
 
 import asyncio
+import dataclasses
 import re
 import time
 from collections import Counter
@@ -123,6 +124,15 @@ class AdapterRegistry:
             )
             self._entries[name] = failed
             return failed
+
+    def lose(self, adapter_id: int, error: AdapterError) -> None:
+        """List the adapter as failed: a restarted engine refuses the files it had accepted."""
+        for entry in self._entries.values():
+            if entry.adapter_id == adapter_id:
+                self._entries[entry.name] = dataclasses.replace(
+                    entry, state=AdapterState.FAILED, info=None, error=str(error)
+                )
+                return
 
     async def unload(self, name: str) -> AdapterEntry:
         """Stop serving ``name`` at once; its memory is freed when its last request has ended.

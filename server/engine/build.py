@@ -28,7 +28,6 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     dtype = _resolve_dtype(config.dtype)
     device = torch.device(config.device)
     decoder = load_model(Path(config.model_folder), dtype, device, backend)
-    max_model_len = _max_model_len(config, decoder)
     pool = AdapterPool(
         decoder.layout,
         num_slots=4 * config.max_num_seqs,
@@ -37,6 +36,7 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
         device=device,
     )
     num_blocks = _num_blocks(config, decoder)
+    max_model_len = _max_model_len(config, decoder, num_blocks * config.block_size)
     host = HostTier(
         lambda path: _lower_to_fit(path, decoder, dtype, pool), config.host_memory_budget
     )
@@ -79,13 +79,19 @@ def _resolve_dtype(name: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
-def _max_model_len(config: EngineConfig, decoder: Decoder) -> int:
+def _max_model_len(config: EngineConfig, decoder: Decoder, cache_tokens: int) -> int:
+    """The longest sequence that model and cache hold, or the one asked for if they do."""
     longest = decoder.config.max_position
     if config.max_model_len is None:
-        return longest
+        return min(longest, cache_tokens)
     if config.max_model_len > longest:
         raise ValueError(
             f"--max-model-len {config.max_model_len} exceeds the base model's {longest} positions"
+        )
+    if config.max_model_len > cache_tokens:
+        raise ValueError(
+            f"--max-model-len {config.max_model_len} exceeds the {cache_tokens} tokens that the KV "
+            f"cache holds; raise --memory-budget {config.memory_budget}"
         )
     return config.max_model_len
 

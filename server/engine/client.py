@@ -8,8 +8,8 @@ import asyncio
 import logging
 import multiprocessing
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
@@ -48,6 +48,8 @@ _RESTART_DELAYS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 _SHUTDOWN_SECONDS = 10.0
 
+_NO_REASON = "the engine process ended unexpectedly"
+
 
 @dataclass(slots=True)
 class _Live:
@@ -56,6 +58,19 @@ class _Live:
     request: GenerationRequest
     token_ids: list[int] = field(default_factory=list)
     updates: asyncio.Queue[SequenceUpdate | EngineDied] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineListener:
+    """Who is told what the engine does beside answering requests.
+
+    Attributes:
+        on_stats: Gets every report.
+        on_adapter_lost: Gets an adapter that a restarted engine refuses, and why.
+    """
+
+    on_stats: Callable[[EngineStats], None]
+    on_adapter_lost: Callable[[int, AdapterError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +85,13 @@ class EngineClient:
     Args:
         config: What the engine runs.
         max_waiting: Requests beyond ``config.max_num_seqs`` that may be in flight.
-        on_stats: Called with every report of the engine.
     """
 
-    def __init__(
-        self, config: EngineConfig, max_waiting: int, on_stats: Callable[[EngineStats], None]
-    ) -> None:
+    def __init__(self, config: EngineConfig, max_waiting: int) -> None:
         """Prepare, within a running event loop; ``start`` starts the process."""
         self._config = config
         self._max_in_flight = config.max_num_seqs + max_waiting
-        self._on_stats = on_stats
+        self._listener: EngineListener | None = None
         self._live: dict[str, _Live] = {}
         self._registered: dict[int, _Registered] = {}
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
@@ -107,8 +119,9 @@ class EngineClient:
         """Process id of the engine, None while there is none."""
         return None if self._process is None else self._process.pid
 
-    def start(self) -> None:
+    def start(self, listener: EngineListener) -> None:
         """Start the engine and keep one running; ``ready`` tells when requests are served."""
+        self._listener = listener
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def ready(self) -> None:
@@ -124,6 +137,7 @@ class EngineClient:
         if self._supervisor is None:
             return
         self._supervisor.cancel()
+        self._first_ready.cancel()
         await asyncio.gather(self._supervisor, return_exceptions=True)
         self._fail_everything("the server is shutting down")
 
@@ -147,8 +161,8 @@ class EngineClient:
                 yield update
         finally:
             del self._live[request.request_id]
-            if not ended and self._connection is not None:
-                self._connection.try_send(Abort([request.request_id]))
+            if not ended:
+                self._try_send(Abort([request.request_id]))
 
     async def load_adapter(self, adapter_id: int, path: str, digest: str | None) -> AdapterInfo:
         """Load an adapter and keep it registered, also with engines started later.
@@ -163,6 +177,9 @@ class EngineClient:
         self._loads[adapter_id] = loaded
         try:
             info = await loaded
+        except asyncio.CancelledError:
+            self._try_send(UnloadAdapter(adapter_id))
+            raise
         finally:
             del self._loads[adapter_id]
         self._registered[adapter_id] = _Registered(path, info.digest)
@@ -188,16 +205,22 @@ class EngineClient:
         live = self._live[request.request_id] = _Live(request)
         return live
 
+    def _try_send(self, command: Command) -> bool:
+        return self._connection is not None and self._connection.try_send(command)
+
     def _send(self, command: Command) -> None:
-        if self._connection is None or self._info is None or not self._connection.try_send(command):
+        if self._info is None or not self._try_send(command):
             raise EngineUnavailable("the engine is starting or restarting; try again shortly")
 
     async def _supervise(self) -> None:
         """Run one engine after another; only the first must reach readiness."""
         failures = 0
         while True:
-            was_ready = await self._run_one_engine()
-            reason = self._failure or "the engine process ended unexpectedly"
+            try:
+                was_ready = await self._run_one_engine()
+            except (OSError, zmq.ZMQError) as error:
+                self._failure, was_ready = f"no engine process can be started: {error}", False
+            reason = self._failure or _NO_REASON
             if not self._first_ready.done():
                 self._first_ready.set_exception(EngineStartFailed(reason))
                 return
@@ -209,19 +232,33 @@ class EngineClient:
     async def _run_one_engine(self) -> bool:
         """Start an engine and follow it until it ends; whether it was ready in between."""
         self._failure = None
-        with _open_connection() as connection, _running(self._config, connection) as process:
-            self._connection, self._process = connection, process
-            pump = asyncio.create_task(self._pump(connection), name="engine-events")
-            try:
-                await _wait_for_end(process)
-                await connection.drain()
-            finally:
-                pump.cancel()
-                await asyncio.gather(pump, return_exceptions=True)
-                was_ready = self._info is not None
-                self._connection = self._process = self._info = self._stats = None
-                self._fail_everything(self._failure or "the engine process ended unexpectedly")
+        with _open_connection() as connection:
+            async with _running(self._config, connection) as process:
+                self._connection, self._process = connection, process
+                try:
+                    await self._follow(connection, process)
+                finally:
+                    was_ready = self._info is not None
+                    self._connection = self._process = self._info = self._stats = None
+                    self._fail_everything(self._failure or _NO_REASON)
         return was_ready
+
+    async def _follow(self, connection: "_Connection", process: BaseProcess) -> None:
+        """Take in events until the engine ends, or until taking one in fails: no engine then."""
+        pump = asyncio.create_task(self._pump(connection), name="engine-events")
+        ended = asyncio.create_task(_wait_for_end(process), name="engine-end")
+        try:
+            await asyncio.wait({pump, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                logger.error("events of the engine cannot be taken in", exc_info=pump.exception())
+                self._failure = f"its events cannot be taken in: {pump.exception()!r}"
+                process.kill()
+        finally:
+            pump.cancel()
+            ended.cancel()
+            await asyncio.gather(pump, ended, return_exceptions=True)
+        async for event in connection.remaining():
+            self._dispatch(event)
 
     async def _pump(self, connection: "_Connection") -> None:
         while True:
@@ -231,7 +268,7 @@ class EngineClient:
         match event:
             case StepOutputs():
                 self._stats = event.stats
-                self._on_stats(event.stats)
+                self._tell(lambda listener: listener.on_stats(event.stats))
                 self._deliver(event.updates)
             case AdapterLoaded():
                 self._settle_load(event.adapter_id, event.info)
@@ -239,7 +276,8 @@ class EngineClient:
                 error: type[AdapterError] = getattr(adapter_errors, event.error)
                 self._settle_load(event.adapter_id, error(event.message))
             case AdapterUnloaded():
-                if (unload := self._unloads.get(event.adapter_id)) is not None:
+                unload = self._unloads.get(event.adapter_id)
+                if unload is not None and not unload.done():
                     unload.set_result(None)
             case EngineInfo():
                 self._info = event
@@ -248,6 +286,8 @@ class EngineClient:
                     self._first_ready.set_result(None)
             case EngineFailed():
                 self._failure = event.message
+                if self._process is not None:
+                    self._process.kill()
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
@@ -258,13 +298,19 @@ class EngineClient:
 
     def _settle_load(self, adapter_id: int, outcome: AdapterInfo | AdapterError) -> None:
         load = self._loads.get(adapter_id)
-        if load is None or load.done():
-            if isinstance(outcome, AdapterError):
-                logger.error("adapter %d is gone after the restart: %s", adapter_id, outcome)
-        elif isinstance(outcome, AdapterError):
-            load.set_exception(outcome)
-        else:
+        if isinstance(outcome, AdapterError):
+            lost = self._registered.pop(adapter_id, None)
+            if lost is not None:
+                logger.error("adapter %s is lost after a restart: %s", lost.path, outcome)
+                self._tell(lambda listener: listener.on_adapter_lost(adapter_id, outcome))
+            elif load is not None and not load.done():
+                load.set_exception(outcome)
+        elif load is not None and not load.done():
             load.set_result(outcome)
+
+    def _tell(self, what: Callable[[EngineListener], None]) -> None:
+        if self._listener is not None:
+            what(self._listener)
 
     def _register_again(self) -> None:
         """Tell a restarted engine of every adapter that the last one had."""
@@ -285,19 +331,19 @@ class EngineClient:
 class _Connection:
     """The sockets to one engine process; a new process gets new ones, so nothing stale arrives."""
 
-    def __init__(self, context: zmq.asyncio.Context, folder: str) -> None:
+    def __init__(
+        self, commands: "zmq.Socket[bytes]", events: zmq.asyncio.Socket, folder: str
+    ) -> None:
         self.command_url = f"ipc://{folder}/commands"
         self.event_url = f"ipc://{folder}/events"
-        # A plain socket: a command is sent at once or not at all, and never awaited.
-        self._commands = zmq.Context(context).socket(zmq.PUSH)
-        self._events = context.socket(zmq.PULL)
-        for socket in (self._commands, self._events):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.set_hwm(0)
-        self._commands.bind(self.command_url)
-        self._events.bind(self.event_url)
+        self._commands = commands
+        self._events = events
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
+        for socket, url in ((commands, self.command_url), (events, self.event_url)):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.set_hwm(0)
+            socket.bind(url)
 
     def try_send(self, command: Command) -> bool:
         """Send a command; False where no engine is there to take it."""
@@ -312,32 +358,28 @@ class _Connection:
         event: Event = self._decoder.decode(await self._events.recv())
         return event
 
-    async def drain(self) -> None:
-        """Let what an ended engine has still said be received."""
+    async def remaining(self) -> AsyncGenerator[Event, None]:
+        """What an ended engine has still said."""
         while await self._events.poll(50):
-            await asyncio.sleep(0)
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self._commands.close()
-        self._events.close()
+            yield await self.receive()
 
 
 @contextmanager
 def _open_connection() -> Iterator[_Connection]:
+    # Closing the sockets comes first, whatever happens: a context waits for those still open.
     with (
         tempfile.TemporaryDirectory(prefix="deltamux-") as folder,
-        zmq.asyncio.Context() as context,
+        # A plain socket for commands: one is sent at once or not at all, and never awaited.
+        zmq.Context() as plain,
+        plain.socket(zmq.PUSH) as commands,
+        zmq.asyncio.Context() as awaited,
+        awaited.socket(zmq.PULL) as events,
     ):
-        connection = _Connection(context, folder)
-        try:
-            yield connection
-        finally:
-            connection.close()
+        yield _Connection(commands, events, folder)
 
 
-@contextmanager
-def _running(config: EngineConfig, connection: _Connection) -> Iterator[BaseProcess]:
+@asynccontextmanager
+async def _running(config: EngineConfig, connection: _Connection) -> AsyncIterator[BaseProcess]:
     """An engine process that is gone when the block is left."""
     process = multiprocessing.get_context("spawn").Process(
         target=run_engine,
@@ -349,7 +391,7 @@ def _running(config: EngineConfig, connection: _Connection) -> Iterator[BaseProc
         yield process
     finally:
         connection.try_send(Shutdown())
-        process.join(_SHUTDOWN_SECONDS if process.is_alive() else None)
+        await asyncio.to_thread(process.join, _SHUTDOWN_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()

@@ -87,8 +87,7 @@ class Engine:
                 self._registrations[command.adapter_id] = _Registration()
                 self._host.register(command.adapter_id, Path(command.path), command.digest)
             case UnloadAdapter():
-                self._registrations[command.adapter_id].unloading = True
-                self._unload_if_idle(command.adapter_id)
+                self._unload(command.adapter_id)
 
     def take_loads(self) -> None:
         """Take in the loads that ended in the background."""
@@ -129,7 +128,7 @@ class Engine:
     def _submit(self, request: GenerationRequest) -> None:
         adapter_id = request.adapter_id
         if adapter_id is not None and not self._is_served(adapter_id):
-            self._updates.append(_failed(request.request_id, "the adapter was unloaded"))
+            self._updates.append(_failed(request.request_id, "the adapter is not loaded"))
             return
         self._live[request.request_id] = adapter_id
         if adapter_id is None or self._host.hold(adapter_id):
@@ -151,7 +150,7 @@ class Engine:
     def _salt(self, request: GenerationRequest) -> bytes:
         """What keeps the request's cached prefixes from others': adapter version and cache salt."""
         adapter_id = request.adapter_id
-        digest = "" if adapter_id is None else self._host.digest(adapter_id)
+        digest = "" if adapter_id is None else self._host.lowered(adapter_id).digest
         return f"{digest}/{request.cache_salt or ''}".encode()
 
     def _abort(self, request_id: str) -> None:
@@ -187,13 +186,21 @@ class Engine:
             for request in waiting:
                 reason = f"its adapter could not be loaded: {result.outcome}"
                 self._report(_failed(request.request_id, reason))
-            if not registration.announced:
+            if not (registration.announced or registration.unloading):
                 self._refuse(result.adapter_id, result.outcome)
 
     def _refuse(self, adapter_id: int, error: AdapterError) -> None:
         self._host.forget(adapter_id)
         del self._registrations[adapter_id]
         self._events.append(AdapterRefused(adapter_id, type(error).__name__, str(error)))
+
+    def _unload(self, adapter_id: int) -> None:
+        if adapter_id in self._registrations:
+            self._registrations[adapter_id].unloading = True
+            self._unload_if_idle(adapter_id)
+        else:
+            # It was refused when an engine that was started later read it again.
+            self._events.append(AdapterUnloaded(adapter_id))
 
     def _unload_if_idle(self, adapter_id: int) -> None:
         if not self._registrations[adapter_id].unloading or self._host.is_held(adapter_id):
@@ -207,10 +214,9 @@ class Engine:
         step_tokens, self._step_tokens = self._step_tokens, 0
         before, now = self._counted, self._counters()
         self._counted = now
-        parked = sum(len(registration.waiting) for registration in self._registrations.values())
         return EngineStats(
             running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting + parked,
+            waiting=len(self._live) - self._scheduler.num_running,
             blocks_used=self._blocks.num_used,
             blocks_total=self._blocks.num_blocks,
             step_tokens=step_tokens,

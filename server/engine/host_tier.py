@@ -1,17 +1,18 @@
 """Adapters in host memory: read and lowered in a thread of their own, off the step loop.
 
-An adapter is *ready* while its lowered form is in host memory. Over the budget, the least recently
-used ready adapters that no request holds are *dropped*; their files stay registered and are read
-again, against the same digest, when a request asks for them.
+An adapter is *ready* while its lowered form is in host memory, and *held* while a request needs it
+there. Over the budget, the least recently used ready adapters that are not held are dropped; their
+files stay registered and are read again, against the same digest, when a request asks for them. A
+load waits while held adapters leave no room for it.
 """
 
 import os
-import queue
-from collections import Counter, OrderedDict
+import threading
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from ...adapters.errors import AdapterCorrupt, AdapterError, AdapterTooLarge
 from ...adapters.primitives import LoweredAdapter
@@ -29,12 +30,15 @@ class LoadResult:
 
 @dataclass(slots=True)
 class _Source:
+    """Where an adapter comes from; digest and size are known once it has been loaded."""
+
     path: Path
     digest: str | None
+    num_bytes: int = 0
 
 
 class HostTier:
-    """The second memory tier. All methods are called from the engine's thread.
+    """The second memory tier; every public method belongs to the engine's thread.
 
     Args:
         lower: Reads and lowers a folder, raising AdapterError.
@@ -42,37 +46,33 @@ class HostTier:
     """
 
     def __init__(self, lower: Lower, budget: int) -> None:
-        """Start the loader thread."""
-        self._lower = lower
+        """Start the loader."""
         self._budget = budget
         self._sources: dict[int, _Source] = {}
         self._ready: OrderedDict[int, LoweredAdapter] = OrderedDict()
-        self._loading: set[int] = set()
+        self._ready_bytes = 0
         self._holders: Counter[int] = Counter()
-        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pending: deque[int] = deque()
+        self._loading: set[int] = set()
+        self._loader = _Loader(lower)
+        self.wakeup = self._loader.wakeup
         """Becomes readable when a load has ended: the engine sleeps on it."""
 
     def register(self, adapter_id: int, path: Path, digest: str | None) -> None:
-        """Name the adapter's files and start to load them; ``digest`` is what they must hash to."""
+        """Name the adapter's files and ask for them; ``digest`` is what they must hash to."""
         self._sources[adapter_id] = _Source(path, digest)
-        self._start_load(adapter_id)
-
-    def knows(self, adapter_id: int) -> bool:
-        """Whether the adapter is registered."""
-        return adapter_id in self._sources
+        self._ask_for(adapter_id)
 
     def hold(self, adapter_id: int) -> bool:
         """Keep the adapter in host memory for one more request; True if it is ready now.
 
-        Where it is not, it is being loaded, and ``completed`` will tell.
+        Where it is not, it will be loaded, and ``completed`` will tell.
         """
         self._holders[adapter_id] += 1
         if adapter_id in self._ready:
             self._ready.move_to_end(adapter_id)
             return True
-        self._start_load(adapter_id)
+        self._ask_for(adapter_id)
         return False
 
     def release(self, adapter_id: int) -> None:
@@ -80,7 +80,8 @@ class HostTier:
         self._holders[adapter_id] -= 1
         if not self._holders[adapter_id]:
             del self._holders[adapter_id]
-        self._make_room()
+            self._make_room()
+            self._start_loads()
 
     def is_held(self, adapter_id: int) -> bool:
         """Whether any request holds the adapter."""
@@ -89,13 +90,6 @@ class HostTier:
     def lowered(self, adapter_id: int) -> LoweredAdapter:
         """The adapter's lowered form; it must be ready."""
         return self._ready[adapter_id]
-
-    def digest(self, adapter_id: int) -> str:
-        """The digest of the adapter's files; it must have been loaded once."""
-        digest = self._sources[adapter_id].digest
-        if digest is None:
-            raise KeyError(f"adapter {adapter_id} has not been loaded yet")
-        return digest
 
     def ready(self) -> list[int]:
         """Ids of the adapters in host memory."""
@@ -108,73 +102,110 @@ class HostTier:
                 f"adapter {adapter_id} is held by {self._holders[adapter_id]} requests"
             )
         self._sources.pop(adapter_id, None)
-        self._ready.pop(adapter_id, None)
+        if adapter_id in self._ready:
+            self._drop(adapter_id)
+        if adapter_id in self._pending:
+            self._pending.remove(adapter_id)
 
     def completed(self) -> list[LoadResult]:
         """Loads that ended since the last call, taken in, save those of forgotten adapters."""
-        results = []
-        while not self._results.empty():
-            result = self._results.get_nowait()
-            self._loading.discard(result.adapter_id)
-            if result.adapter_id in self._sources:
-                results.append(self._take_in(result))
-        self._make_room()
+        ended = self._loader.ended()
+        results = [self._take_in(result) for result in ended if result.adapter_id in self._sources]
+        if ended:
+            self._loading.difference_update(result.adapter_id for result in ended)
+            self._make_room()
+            self._start_loads()
         return results
 
     def close(self) -> None:
-        """Stop the loader thread; a load under way is waited for."""
-        self._loader.shutdown(cancel_futures=True)
-        os.close(self.wakeup)
+        """Let the loader end after what it was asked for; the process need not wait for it."""
+        self._loader.close()
 
     def _take_in(self, result: LoadResult) -> LoadResult:
-        source, outcome = self._sources[result.adapter_id], result.outcome
-        if isinstance(outcome, AdapterError):
+        source, adapter = self._sources[result.adapter_id], result.outcome
+        if isinstance(adapter, AdapterError):
             return result
-        if source.digest is not None and outcome.digest != source.digest:
-            changed = AdapterCorrupt(
-                f"the files at {source.path} changed since the adapter was loaded (digest "
-                f"{outcome.digest[:12]}, not {source.digest[:12]}); load it again to serve them"
-            )
-            return LoadResult(result.adapter_id, changed)
-        source.digest = outcome.digest
-        self._ready[result.adapter_id] = outcome
+        refusal = self._refusal(source, adapter)
+        if refusal is not None:
+            return LoadResult(result.adapter_id, refusal)
+        source.digest, source.num_bytes = adapter.digest, adapter.num_bytes
+        self._ready[result.adapter_id] = adapter
+        self._ready_bytes += adapter.num_bytes
         return result
 
-    def _start_load(self, adapter_id: int) -> None:
-        if adapter_id in self._loading or adapter_id in self._ready:
-            return
-        self._loading.add(adapter_id)
-        future = self._loader.submit(self._load, self._sources[adapter_id].path)
-        future.add_done_callback(lambda done: self._finish(adapter_id, done))
-
-    def _load(self, path: Path) -> LoweredAdapter:
-        lowered = self._lower(path)
-        if lowered.num_bytes > self._budget:
-            raise AdapterTooLarge(
-                f"the adapter needs {lowered.num_bytes} bytes of host memory, the budget is "
+    def _refusal(self, source: _Source, adapter: LoweredAdapter) -> AdapterError | None:
+        if adapter.num_bytes > self._budget:
+            return AdapterTooLarge(
+                f"the adapter needs {adapter.num_bytes} bytes of host memory, the budget is "
                 f"{self._budget}; raise --host-memory-budget"
             )
-        return lowered
+        if source.digest not in (None, adapter.digest):
+            return AdapterCorrupt(
+                f"the files at {source.path} changed since the adapter was loaded (digest "
+                f"{adapter.digest[:12]}, not {source.digest[:12]}); load it again to serve them"
+            )
+        return None
 
-    def _finish(self, adapter_id: int, done: Future[LoweredAdapter]) -> None:
-        """On the loader thread: pass the outcome to the engine's thread and wake it."""
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
-            outcome: LoweredAdapter | AdapterError = done.result()
-        elif isinstance(error, AdapterError):
-            outcome = error
-        else:
-            outcome = AdapterCorrupt(f"reading the adapter failed: {type(error).__name__}: {error}")
-        self._results.put(LoadResult(adapter_id, outcome))
-        os.eventfd_write(self.wakeup, 1)
+    def _ask_for(self, adapter_id: int) -> None:
+        if adapter_id not in self._loading and adapter_id not in self._pending:
+            self._pending.append(adapter_id)
+            self._start_loads()
+
+    def _start_loads(self) -> None:
+        """Hand pending loads to the loader, in order, while what is held leaves room for them."""
+        taken = sum(self._ready[held].num_bytes for held in self._holders if held in self._ready)
+        taken += sum(self._sources[one].num_bytes for one in self._loading if one in self._sources)
+        while self._pending:
+            source = self._sources[self._pending[0]]
+            if taken and taken + source.num_bytes > self._budget:
+                return
+            taken += source.num_bytes
+            adapter_id = self._pending.popleft()
+            self._loading.add(adapter_id)
+            self._loader.load(adapter_id, source.path)
 
     def _make_room(self) -> None:
         """Drop ready adapters that nothing holds, least recently used first, down to the budget."""
-        total = sum(adapter.num_bytes for adapter in self._ready.values())
-        idle = [adapter_id for adapter_id in self._ready if not self.is_held(adapter_id)]
-        for adapter_id in idle:
-            if total <= self._budget:
+        if self._ready_bytes <= self._budget:
+            return
+        for adapter_id in [one for one in self._ready if not self.is_held(one)]:
+            self._drop(adapter_id)
+            if self._ready_bytes <= self._budget:
                 return
-            total -= self._ready.pop(adapter_id).num_bytes
+
+    def _drop(self, adapter_id: int) -> None:
+        self._ready_bytes -= self._ready.pop(adapter_id).num_bytes
+
+
+class _Loader:
+    """One daemon thread that lowers folders in the order in which they were asked for."""
+
+    def __init__(self, lower: Lower) -> None:
+        self._lower = lower
+        self._asked: SimpleQueue[tuple[int, Path] | None] = SimpleQueue()
+        self._ended: SimpleQueue[LoadResult] = SimpleQueue()
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
+
+    def load(self, adapter_id: int, path: Path) -> None:
+        self._asked.put((adapter_id, path))
+
+    def ended(self) -> list[LoadResult]:
+        return [self._ended.get_nowait() for _ in range(self._ended.qsize())]
+
+    def close(self) -> None:
+        self._asked.put(None)
+
+    def _run(self) -> None:
+        for adapter_id, path in iter(self._asked.get, None):
+            self._ended.put(LoadResult(adapter_id, self._outcome(path)))
+            os.eventfd_write(self.wakeup, 1)
+        os.close(self.wakeup)
+
+    def _outcome(self, path: Path) -> LoweredAdapter | AdapterError:
+        try:
+            return self._lower(path)
+        except AdapterError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # a stranger's file: refuse it, whatever it does
+            return AdapterCorrupt(f"reading {path} failed: {type(error).__name__}: {error}")

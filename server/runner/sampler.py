@@ -7,19 +7,26 @@ function in vocabulary order at a number that depends on (seed, index of the tok
 row does not depend on its neighbours and tiny differences of rounding almost never move it.
 """
 
-from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
 
 _NUCLEUS_HEAD = 1024
 """Tokens looked at first for top_p; a nucleus larger than this is rare and costs a full sort."""
+
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures up to this are greedy, as in vLLM: dividing by them would overflow."""
+
+_BLOCK = 256
+"""Tokens summed at once in a draw, so that only one such block is summed token by token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +48,16 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Choice]:
     Returns:
         A choice per row; a row whose logits hold NaN or +inf has an error instead of a token.
     """
-    usable = logits.amax(-1).isfinite().tolist()
     raw = _logprob_rows(logits, sequences)
     edit_logits(logits, sequences)
-    token_ids = _choose(logits, sequences)
+    # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
+    usable = logits.amax(-1).isfinite().tolist()
+    token_ids = _choose(logits, sequences, usable)
     logprobs = _report_choices(raw, token_ids, sequences)
     return [
         Choice(token_id, logprobs.get(row))
         if usable[row]
-        else Choice(None, error="the model's logits are not finite for this request")
+        else Choice(None, error="no token can be chosen: the logits of this request are not finite")
         for row, token_id in enumerate(token_ids)
     ]
 
@@ -119,11 +127,11 @@ def edit_logits(logits: Tensor, sequences: Seq[Sequence]) -> None:
     """Apply logit bias, penalties and the mask of early end tokens to (rows, vocab) in place."""
     for row, sequence in enumerate(sequences):
         params = sequence.sampling
-        if _has_penalties(params):
-            _penalize(logits[row], sequence)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
             logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        if _has_penalties(params):
+            _penalize(logits[row], sequence)
         if sequence.num_output_tokens < params.min_tokens:
             ends = [*params.end_token_ids, *params.stop_token_ids]
             logits[row, ends] = float("-inf")
@@ -140,21 +148,20 @@ def _has_penalties(params: SamplingParams) -> bool:
 def _penalize(row: Tensor, sequence: Sequence) -> None:
     """Repetition over prompt and output, presence and frequency over the output, row (vocab,)."""
     params = sequence.sampling
+    token_ids = torch.tensor(sequence.token_ids, device=row.device)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(set(sequence.token_ids)), device=row.device)
-        values = row[seen]
-        penalty = params.repetition_penalty
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    counts = Counter(sequence.token_ids[sequence.prompt_len :])
-    if counts:
-        ids = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
-        row[ids] -= params.presence_penalty + params.frequency_penalty * times
+        # Reads come before writes, so a token seen twice is still penalised once.
+        values, penalty = row[token_ids], params.repetition_penalty
+        row[token_ids] = torch.where(values > 0, values / penalty, values * penalty)
+    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+        times = torch.bincount(token_ids[sequence.prompt_len :], minlength=len(row)).to(row.dtype)
+        row -= params.presence_penalty * times.clamp(max=1) + params.frequency_penalty * times
 
 
-def _choose(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+def _choose(logits: Tensor, sequences: Seq[Sequence], usable: Seq[bool]) -> list[int]:
     token_ids: list[int] = logits.argmax(-1).tolist()
-    drawn = [row for row, sequence in enumerate(sequences) if _is_random(sequence.sampling)]
+    random = [_is_random(sequence.sampling) for sequence in sequences]
+    drawn = [row for row in range(len(random)) if random[row] and usable[row]]
     if drawn:
         chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
         for row, token_id in zip(drawn, chosen, strict=True):
@@ -163,23 +170,38 @@ def _choose(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
 
 
 def _is_random(params: SamplingParams) -> bool:
-    return params.temperature > 0.0 and params.top_k != 1
+    return params.temperature > _GREEDY_BELOW and params.top_k != 1
 
 
 def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     params = [sequence.sampling for sequence in sequences]
     numbers = uniforms([p.seed for p in params], [s.num_output_tokens for s in sequences])
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    # The largest logit is taken off first: a temperature near zero then underflows to greedy
-    # instead of overflowing to NaN.
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
+    probs = (logits / temperature[:, None]).softmax(-1)
     probs = filter_probs(probs, params)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    target = torch.from_numpy(numbers).to(logits.device)[:, None] * cumulative[:, -1:]
-    # right=True finds the first token whose cumulative probability exceeds the target, which is
-    # never one of probability zero.
-    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return chosen.clamp_(max=logits.shape[1] - 1).tolist()
+    return _invert(probs, torch.from_numpy(numbers).to(logits.device)).tolist()
+
+
+def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
+    """First token of each row whose cumulative probability exceeds ``number`` times the row's sum.
+
+    Args:
+        probs: (rows, vocab), not normalised, with a positive sum.
+        numbers: (rows,) float64 in [0, 1).
+    """
+    vocab = probs.shape[1]
+    blocks = functional.pad(probs, (0, -vocab % _BLOCK)).view(len(probs), -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = ends[:, -1:]
+    # Rounding may lift the product to the sum itself, which no token exceeds.
+    target = (numbers[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    # right=True passes over what has probability zero.
+    block = torch.searchsorted(ends, target, right=True)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    before = functional.pad(ends, (1, 0)).gather(1, block)
+    cumulative = within.cumsum(-1, dtype=torch.float64) + before
+    last = (within > 0).int().cumsum(-1).argmax(-1, keepdim=True)
+    return (block * _BLOCK + torch.searchsorted(cumulative, target, right=True).minimum(last))[:, 0]
 
 
 def filter_probs(probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -197,9 +219,12 @@ def filter_probs(probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
         best = probs.topk(largest, dim=-1).values
         edge = best.gather(1, sizes.clamp(max=largest)[:, None] - 1)[:, 0]
         probs = _keep(probs, torch.where(sizes < vocab, edge, 0.0))
-    if any(p.top_p < 1 for p in params):
-        mass = torch.tensor([p.top_p for p in params], device=probs.device)
-        probs = _keep(probs, torch.where(mass < 1, _nucleus_edge(probs, mass), 0.0))
+    nuclear = [row for row, p in enumerate(params) if p.top_p < 1]
+    if nuclear:
+        mass = torch.tensor([params[row].top_p for row in nuclear], device=probs.device)
+        edges = probs.new_zeros(len(params))
+        edges[nuclear] = _nucleus_edges(probs[nuclear], mass)
+        probs = _keep(probs, edges)
     return probs
 
 
@@ -207,12 +232,19 @@ def _keep(probs: Tensor, at_least: Tensor) -> Tensor:
     return probs.masked_fill(probs < at_least[:, None], 0.0)
 
 
-def _nucleus_edge(probs: Tensor, mass: Tensor) -> Tensor:
+def _nucleus_edges(probs: Tensor, mass: Tensor) -> Tensor:
     """Smallest probability in the smallest set of tokens that holds ``mass`` of each row."""
     wanted = mass * probs.sum(-1)
     best = probs.topk(min(_NUCLEUS_HEAD, probs.shape[1]), dim=-1).values
-    if bool((best.sum(-1) < wanted)[mass < 1].any()):
-        best = probs.sort(dim=-1, descending=True).values
+    edges = _edges(best, wanted)
+    short = (best.sum(-1) < wanted).nonzero()[:, 0]
+    if len(short):
+        edges[short] = _edges(probs[short].sort(dim=-1, descending=True).values, wanted[short])
+    return edges
+
+
+def _edges(best: Tensor, wanted: Tensor) -> Tensor:
+    """Per row of descending ``best``, the value at which its running sum reaches ``wanted``."""
     before = best.cumsum(-1) - best
     last = (before < wanted[:, None]).sum(-1, keepdim=True).clamp(min=1) - 1
     return best.gather(1, last)[:, 0]

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from deltamux.server.engine.messages import AdapterLoaded, AdapterRefused, AdapterUnloaded
+from deltamux.server.engine.messages import (
+    AdapterLoaded,
+    AdapterRefused,
+    AdapterUnloaded,
+    LoadAdapter,
+)
 from deltamux.server.generation import FinishReason, GenerationRequest
 
 from .harness import EngineHarness, engine_config, make_request
@@ -246,7 +251,7 @@ def test_unload_waits_for_the_last_request_and_frees_all(tiny_model, harness, tm
     received = engine.run()
     assert received["running"].finish_reason is FinishReason.LENGTH
     assert received["late"].finish_reason is FinishReason.ERROR
-    assert "unloaded" in received["late"].error
+    assert "not loaded" in received["late"].error
     assert engine.adapter_events[-1] == AdapterUnloaded(1)
     assert engine.host.ready() == []
 
@@ -266,6 +271,31 @@ def test_an_adapter_for_another_base_is_refused(tiny_model, harness, tmp_path):
     refused = harness(tiny_model("llama")).load(1, adapter)
     assert isinstance(refused, AdapterRefused)
     assert refused.error == "AdapterMismatch"
+
+
+def test_a_load_that_fails_while_unloading_ends_its_requests(tiny_model, harness, tmp_path):
+    engine = harness(tiny_model("llama"))
+    engine.engine.handle(LoadAdapter(1, str(tmp_path / "nothing")))
+    engine.submit(make_request("parked", [5], adapter_id=1))
+    engine.unload(1)
+    engine.wait_for_load()
+    assert engine.received["parked"].finish_reason is FinishReason.ERROR
+    assert engine.adapter_events == [AdapterUnloaded(1)]
+
+
+def test_unloading_what_the_engine_does_not_know_is_answered(tiny_model, harness):
+    engine = harness(tiny_model("llama"))
+    engine.unload(7)
+    assert engine.adapter_events == [AdapterUnloaded(7)]
+
+
+def test_the_length_promised_is_the_length_that_fits(tiny_model, harness):
+    engine = harness(tiny_model("llama"), memory_budget=60_000)
+    assert engine.info.max_model_len == engine.info.num_blocks * engine.info.block_size < 256
+    with pytest.raises(ValueError, match="--memory-budget"):
+        harness(tiny_model("llama"), memory_budget=60_000, max_model_len=200)
+    with pytest.raises(ValueError, match="256 positions"):
+        harness(tiny_model("llama"), max_model_len=300)
 
 
 def test_a_prompt_that_never_fits_is_refused_alone(tiny_model, harness):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,7 @@ import pytest
 from peft import LoraConfig
 
 from deltamux.adapters.errors import AdapterNotFound
-from deltamux.server.engine.client import EngineClient
+from deltamux.server.engine.client import EngineClient, EngineListener
 from deltamux.server.engine.errors import (
     EngineDied,
     EngineStartFailed,
@@ -23,14 +24,15 @@ from .peft_oracle import Oracle
 
 
 @asynccontextmanager
-async def running_client(model, max_waiting=100, **changes):
-    reports = []
-    client = EngineClient(engine_config(model, **changes), max_waiting, reports.append)
-    client.start()
+async def running_client(model, max_waiting=100, expected_losses=(), **changes):
+    reports, lost = [], []
+    client = EngineClient(engine_config(model, **changes), max_waiting)
+    client.start(EngineListener(reports.append, lambda *adapter: lost.append(adapter)))
     try:
         await client.ready()
         yield client
         assert reports
+        assert [(adapter_id, type(error)) for adapter_id, error in lost] == list(expected_losses)
     finally:
         await client.stop()
 
@@ -58,14 +60,19 @@ def adapter(tiny_model, tmp_path):
     return oracle, oracle.save_adapter(config, tmp_path / "adapter", 0, size=0.2)
 
 
-def test_life_death_and_rebirth(tiny_model, adapter):
+def test_life_death_and_rebirth(tiny_model, adapter, tmp_path):
     """One engine for the whole story, since each costs seconds to start."""
     oracle, path = adapter
     prompt = [7, 8, 9, 10, 11]
     wanted = oracle.generate(prompt, 12, path).token_ids
 
     async def story():
-        async with running_client(tiny_model("llama"), max_waiting=0, max_num_seqs=2) as client:
+        async with running_client(
+            tiny_model("llama"),
+            max_waiting=0,
+            max_num_seqs=2,
+            expected_losses=[(3, AdapterNotFound)],
+        ) as client:
             info = await client.load_adapter(1, str(path), None)
             assert (info.kind, info.rank) == ("lora", 4)
             request = make_request("adapted", prompt, adapter_id=1)
@@ -75,9 +82,13 @@ def test_life_death_and_rebirth(tiny_model, adapter):
 
             await the_queue_is_bounded(client)
             await leaving_the_iterator_aborts(client)
+            vanishing = shutil.copytree(path, tmp_path / "vanishing")
+            await client.load_adapter(3, str(vanishing), None)
+            shutil.rmtree(vanishing)
             await an_engine_that_dies_is_replaced(client)
 
             assert await collect(client, request) == (wanted, FinishReason.LENGTH)
+            await client.unload_adapter(3)
             await client.unload_adapter(1)
             tokens, reason = await collect(client, request)
             assert (tokens, reason) == ([], FinishReason.ERROR)
@@ -124,4 +135,57 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
             pass
 
     with pytest.raises(EngineStartFailed, match="nothing"):
+        asyncio.run(start())
+
+
+def test_a_failing_engine_ends_at_once_whatever_it_still_has_to_load(tiny_model, adapter):
+    """Its requests are told and another is started; no load queued in the old is waited for."""
+    _, path = adapter
+
+    async def story():
+        async with running_client(tiny_model("llama")) as client:
+            loads = [
+                asyncio.create_task(client.load_adapter(number, str(path), None))
+                for number in range(2000)
+            ]
+            stream = client.generate(make_request("bystander", [5], max_tokens=250))
+            await anext(stream)
+            client._connection._commands.send(b"no message at all")
+            with pytest.raises(EngineDied, match="ValidationError"):
+                async for _ in stream:
+                    pass
+            outcomes = await asyncio.gather(*loads, return_exceptions=True)
+            assert any(isinstance(outcome, EngineDied) for outcome in outcomes)
+            await until(lambda: client.info is not None, "another engine is ready")
+
+    asyncio.run(story())
+
+
+def test_a_client_that_cannot_take_events_in_replaces_the_engine(tiny_model):
+    def broken(stats):
+        raise ZeroDivisionError("planted")
+
+    async def story():
+        client = EngineClient(engine_config(tiny_model("llama")), 10)
+        client.start(EngineListener(broken, lambda *adapter: None))
+        try:
+            await client.ready()
+            with pytest.raises(EngineDied, match="planted"):
+                await anext(client.generate(make_request("any", [5])))
+        finally:
+            await client.stop()
+
+    asyncio.run(story())
+
+
+def test_a_socket_path_that_is_too_long_is_an_error(tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 110)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+
+    async def start():
+        async with running_client(tiny_model("llama")):
+            pass
+
+    with pytest.raises(EngineStartFailed, match="longer than"):
         asyncio.run(start())

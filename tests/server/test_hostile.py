@@ -1,5 +1,6 @@
 """Hostile requests to a real server: each refused with its status, nothing else disturbed."""
 
+import itertools
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from peft import LoraConfig
 
 from deltamux.server.api.protocol import (
     AdapterBody,
+    Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -27,8 +29,8 @@ from .running import RunningServer, running_server
 from .siege import GoodCase, undisturbed
 
 SECRET = "zq7-secret-marker"
-MAX_TOKENS = 24
-PROMPTS = [[5], list(range(40, 60)), list(range(100, 133))]
+MAX_TOKENS = 12
+PROMPTS = [list(range(40, 60)), list(range(100, 133))]
 CONFIGS = {
     "small": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     "large": LoraConfig(r=33, lora_alpha=33, target_modules=["k_proj", "up_proj", "down_proj"]),
@@ -95,6 +97,11 @@ def http(server) -> Iterator[httpx.Client]:
 @pytest.fixture
 def attack(server, cases, log) -> Attack:
     return partial(undisturbed, server, cases, log)
+
+
+def _post(http: httpx.Client, path: str, body: dict[str, object]) -> httpx.Response:
+    """As the json module writes it: httpx cannot send lone surrogates."""
+    return http.post(path, content=json.dumps(body), headers=JSON)
 
 
 def refusal(answer: httpx.Response, status: int, param: str | None = None) -> str:
@@ -188,15 +195,20 @@ ROUTES = {
     "/v1/unload_lora_adapter": ({"lora_name": "new"}, UnloadLoraBody),
 }
 # JSON that no field of any body takes.
-JUNK = ["NaN", "Infinity", "-Infinity", "1e999", "-1e308", f"1{'0' * 400}", '[[["junk"]]]']
-JUNK += ['"\\ud800"', '[{"a": {"b": []}}]', "[null]"]
+JUNK = ["NaN", "-1e999", f"1{'0' * 400}", '[[["junk"]]]', '"\\ud800"']
+
+
+def own_fields(body_type: type[Body]) -> list[str]:
+    """A chat request shares most fields with a completion, where they are tried."""
+    shared = CompletionBody.model_fields if body_type is ChatBody else {}
+    return [name for name in body_type.model_fields if name == "model" or name not in shared]
 
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_junk_in_every_field(http, attack, path):
     base, body_type = ROUTES[path]
     with attack():
-        for name in body_type.model_fields:
+        for name in own_fields(body_type):
             start = json.dumps({key: value for key, value in base.items() if key != name})[:-1]
             for junk in JUNK:
                 raw = f'{start}{", " if len(start) > 1 else ""}"{name}": {junk}}}'
@@ -234,7 +246,7 @@ OUT_OF_RANGE = [
 BAD_PROMPTS = [
     *["", [], [""], [[]], [["x"]], ["x", 1], [1, "x"], {"text": "x"}],
     *[[-1], [300], [2**31], [2**63], [10**30], [0.5], [True], [None]],
-    *[[5] * 255, [5] * 10**6, [[5] * 300], ["x"] * 1025, [""] * 10**6],
+    *[[5] * 256, [5] * 10**6, [[5] * 300], ["x"] * 1025, [""] * 10**6],
     *["x " * 300, "x" * 10**6, "\x00\x01\x7f" * 200],
 ]
 BAD_MESSAGES = [
@@ -245,6 +257,8 @@ BAD_MESSAGES = [
     [{"role": "user", "content": "x " * 300}],
     [{"role": "user", "content": "x" * 10**6}],
     [{"role": "user", "content": ""}] * 5000,
+    [{"role": "user", "content": "\ud800"}],
+    [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
     [{}] * 10**6,
 ]
 ARGUMENTS = [
@@ -252,6 +266,8 @@ ARGUMENTS = [
     {"chat_template": "{{ 1 }}"},
     {"tokenize": True},
     {"self": 1},
+    {"extra": ["\ud800"]},
+    {"\ud800": 1},
     {str(key): 1 for key in range(100)},
 ]
 
@@ -264,7 +280,7 @@ ARGUMENTS = [
         ("/v1/completions", [("prompt", value) for value in BAD_PROMPTS]),
         ("/v1/completions", [("logprobs", value) for value in (-1, 21, True, 10**30)]),
         ("/v1/chat/completions", [("messages", value) for value in BAD_MESSAGES]),
-        ("/v1/chat/completions", [("max_completion_tokens", v) for v in (0, -1, 3, 257, 2**63)]),
+        ("/v1/chat/completions", [("max_completion_tokens", v) for v in (0, -1, 257, 2**63)]),
         ("/v1/chat/completions", [("top_logprobs", value) for value in (-1, 1, 21, 10**30)]),
         ("/tokenize", [("prompt", value) for value in ("x" * 10**6, 5)]),
         ("/detokenize", [("tokens", [value]) for value in (-1, 300, 2**63, 0.5)]),
@@ -275,17 +291,14 @@ def test_values_out_of_range(http, attack, path, bad):
     base = {key: value for key, value in ROUTES[path][0].items() if key != "max_tokens"}
     with attack():
         for name, value in bad:
-            limit = {"max_tokens": 2} if name in ("min_tokens", "max_completion_tokens") else {}
-            param = "max_tokens" if (name, value) == ("max_completion_tokens", 3) else name
-            refusal(http.post(path, json=base | limit | {name: value}), 400, param)
+            limit = {"max_tokens": 2} if name == "min_tokens" else {}
+            refusal(_post(http, path, base | limit | {name: value}), 400, name)
 
 
 def test_template_arguments(http, attack):
     with attack():
         for arguments in ARGUMENTS:
-            answer = http.post(
-                "/v1/chat/completions", json=CHAT | {"chat_template_kwargs": arguments}
-            )
+            answer = _post(http, "/v1/chat/completions", CHAT | {"chat_template_kwargs": arguments})
             assert answer.json()["error"]["param"] in ("messages", "chat_template_kwargs")
             assert answer.status_code == 400
 
@@ -321,10 +334,11 @@ BAD_MODELS = ["nope", "../base", "small@wrongdigest", "small@", "base:nope", "ba
 BAD_MODELS += ["small\x00", "SMALL", " small", "/etc/passwd"]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_unknown_models(http, attack, path):
+def test_unknown_models(http, attack):
     with attack():
-        for name in BAD_MODELS:
+        for path, name in itertools.product(
+            ["/v1/completions", "/v1/chat/completions"], BAD_MODELS
+        ):
             refusal(http.post(path, json=ROUTES[path][0] | {"model": name}), 404, "model")
 
 
@@ -353,10 +367,10 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path in ROUTES if "lora" not in path])
-def test_malformed_json(http, attack, path):
+def test_malformed_json(http, attack):
+    paths = [path for path in ROUTES if "lora" not in path]
     with attack():
-        for raw in MALFORMED.values():
+        for path, raw in itertools.product(paths, MALFORMED.values()):
             refusal(http.post(path, content=raw, headers=JSON), 400)
 
 
@@ -374,7 +388,7 @@ def test_requests_that_are_no_requests_for_this_server(http, attack):
             ("POST", "/metrics"),
         ]:
             refusal(http.request(method, path), 405)
-        for path in ("/v1/nothing", "/docs", "/openapi.json", "/v1/models/nope", "/%2e%2e/etc"):
+        for path in ("/v1/nothing", "/docs", "/v1/models/nope", "/%2e%2e/etc"):
             assert http.get(path).status_code == 404, path
         for name in ("evil.example", "evil.example:8000", "10.0.0.1"):
             body = {"name": "new", "path": "/nonexistent"}
@@ -404,13 +418,14 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("raw", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_on_the_wire(server, attack, raw):
-    with attack(), closing(_connect(server)) as connection:
-        answer = _exchange(connection, raw)
-    statuses = [int(part.split()[0]) for part in answer.split(b"HTTP/1.1 ")[1:]]
-    assert all(status == 200 or 400 <= status < 500 for status in statuses), answer
-    assert statuses, answer
+def test_garbage_on_the_wire(server, attack):
+    with attack():
+        for name, raw in GARBAGE.items():
+            with closing(_connect(server)) as connection:
+                answer = _exchange(connection, raw)
+            statuses = [int(part.split()[0]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+            assert statuses, (name, answer)
+            assert all(status == 200 or 400 <= status < 500 for status in statuses), (name, answer)
 
 
 def test_clients_that_leave(server, attack):
@@ -444,7 +459,6 @@ def _exchange(connection: socket.socket, raw: bytes) -> bytes:
     answer = b""
     try:
         connection.sendall(raw)
-        connection.shutdown(socket.SHUT_WR)
         while part := connection.recv(65536):
             answer += part
     except (ConnectionResetError, BrokenPipeError):

@@ -13,6 +13,7 @@ from transformers import (
 
 from deltamux.server.generation import GenerationRequest, SamplingParams
 from deltamux.server.runner.sampler import (
+    _invert,
     edit_logits,
     filter_probs,
     report_logprobs,
@@ -108,7 +109,7 @@ def test_end_tokens_are_free_once_min_tokens_are_there():
 def test_greedy_takes_the_largest_logit():
     logits = random_logits(3)
     expected = logits.argmax(-1).tolist()
-    rows = [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 1e-9}]
+    rows = [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 1e-46}]
     choices = sample(logits, [make_sequence(**row) for row in rows])
     assert [choice.token_id for choice in choices] == expected
 
@@ -121,6 +122,34 @@ def test_the_draw_does_not_depend_on_neighbours():
     assert together == alone
     backwards = [choice.token_id for choice in sample(logits.flip(0).clone(), rows[::-1])]
     assert backwards[::-1] == alone
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 255, 256, 257, 5003])
+def test_draws_invert_the_cumulative_distribution(vocab):
+    probs = torch.rand(200, vocab, generator=torch.Generator().manual_seed(0))
+    probs[probs < 0.5] = 0
+    probs[:, vocab // 2] += 0.1
+    numbers = torch.linspace(0, 1 - 2**-53, 200, dtype=torch.float64)
+    cumulative = probs.double().cumsum(-1)
+    for row, chosen in enumerate(_invert(probs, numbers).tolist()):
+        assert probs[row, chosen] > 0
+        target = float(numbers[row] * cumulative[row, -1])
+        assert cumulative[row, chosen] >= target - 1e-9
+        assert cumulative[row, chosen] - probs[row, chosen] <= target + 1e-9
+
+
+def test_bias_comes_before_penalties():
+    logits = torch.zeros(1, VOCAB)
+    sequence = make_sequence(prompt=(5,), logit_bias={5: 3.0}, repetition_penalty=2.0)
+    edit_logits(logits, [sequence])
+    assert logits[0, 5] == 1.5
+
+
+def test_a_row_whose_every_token_is_masked_fails():
+    ends = tuple(range(VOCAB))
+    sequence = make_sequence(min_tokens=1, end_token_ids=ends)
+    (choice,) = sample(random_logits(1), [sequence])
+    assert choice.token_id is None
 
 
 def test_draws_follow_the_distribution():
