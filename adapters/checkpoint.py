@@ -164,11 +164,11 @@ def _parse_config(path: Path, raw: bytes) -> Mapping[str, object]:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} appears twice")
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {shown(name)} appears twice")
+        fields[name] = value
     return fields
 
 

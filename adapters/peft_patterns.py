@@ -1,11 +1,13 @@
 """PEFT's ``rank_pattern`` and ``alpha_pattern``: values for the modules that a pattern matches.
 
-The patterns are regular expressions out of a stranger's file, and Python's engine can be made to
-backtrack for years while it holds the interpreter; so what makes it backtrack is limited.
+A pattern is a regular expression for a module's path or a dotted end of it, and the first in the
+file's order counts. The patterns come out of a stranger's file, and Python's engine backtracks while
+it holds the interpreter. So what PEFT writes itself, module names and paths, is looked up without
+that engine; of true expressions only a few are allowed, and none that has many ways to match.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import AdapterCorrupt, AdapterUnsupported, shown
@@ -13,11 +15,24 @@ from .errors import AdapterCorrupt, AdapterUnsupported, shown
 MAX_PATTERNS = 4096
 MAX_PATTERN_LENGTH = 512
 MAX_PATH_LENGTH = 128
-MAX_CHOICES = 3
+MAX_SHAPES = 64
+MAX_EXPRESSIONS = 16
+MAX_GROUPS = 3
+MAX_WAYS = 512
+MAX_WORK = 1 << 22
 
-# Where the engine may have to come back and try another way; an escaped one counts as well.
-_CHOICE = re.compile(r"[*+?{(]")
+# Names with dots between them, each perhaps escaped.
+_LITERAL = re.compile(r"(?:[\w-]|\\?[.-])*")
+_ESCAPED = re.compile(r"\\(.)")
+# Escaped ones count as well.
+_REPEAT = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+# Lookarounds, conditions, references to groups, and whatever else begins with "(?".
+_BEYOND = re.compile(r"\(\?(?!:)|\\\d")
+# A repetition with its backtracking costs about as much as this many alternatives.
+_REPEAT_WAYS = 32
+
+_Shape = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,43 +41,139 @@ class Patterns:
 
     Attributes:
         values: Pattern -> value.
-        compiled: Pattern -> its compiled expression.
     """
 
     values: Mapping[str, object]
-    compiled: Mapping[str, re.Pattern[str]]
+    _order: Mapping[str, int]
+    _literals: Mapping[_Shape, Mapping[str, str]]
+    _expressions: Mapping[str, re.Pattern[str]]
 
     @classmethod
-    def read(cls, config: Mapping[str, object], name: str) -> "Patterns":
-        """The field of this name, empty where it is missing or null.
+    def read(cls, config: Mapping[str, object], name: str, num_paths: int) -> "Patterns":
+        """The field of this name, empty where it is missing or null, to match ``num_paths`` paths.
 
         Raises:
             AdapterCorrupt: It is not an object, or a key is not a regular expression.
-            AdapterUnsupported: A pattern could take forever to match.
+            AdapterUnsupported: The patterns could take too long to match.
         """
         values = config.get(name) or {}
         if not isinstance(values, dict):
             raise AdapterCorrupt(f"the config field {name!r} is {shown(values)}, not an object")
         if len(values) > MAX_PATTERNS:
             raise AdapterUnsupported(f"{name!r} holds more than {MAX_PATTERNS} patterns")
-        return cls(values, {pattern: _compile(name, pattern) for pattern in values})
+        for pattern in values:
+            _require_short(name, pattern)
+        expressions = [pattern for pattern in values if not _LITERAL.fullmatch(pattern)]
+        literals = _by_shape(pattern for pattern in values if _LITERAL.fullmatch(pattern))
+        _require_little_work(name, literals, expressions, num_paths)
+        compiled = {pattern: _compile(name, pattern) for pattern in expressions}
+        return cls(values, {key: i for i, key in enumerate(values)}, literals, compiled)
 
     def first_match(self, path: str) -> str | None:
         """First pattern that matches the path, or a dotted end of it, in full."""
-        return next((key for key, regex in self.compiled.items() if regex.match(path)), None)
+        return min(self._matches(path), key=self._order.__getitem__, default=None)
+
+    def _matches(self, path: str) -> Iterator[str]:
+        """Every literal that matches, and the first expression that does."""
+        ends = {len(end): end for end in _dotted_ends(path)}
+        for (length, dots), literals in self._literals.items():
+            found = literals.get(_with_dots(ends[length], dots)) if length in ends else None
+            if found is not None:
+                yield found
+        found = next((key for key, regex in self._expressions.items() if regex.match(path)), None)
+        if found is not None:
+            yield found
+
+
+def _by_shape(patterns: Iterator[str]) -> dict[_Shape, dict[str, str]]:
+    """Shape -> text -> the first pattern of both.
+
+    An unescaped dot matches any character. The shape is the length and the positions of those dots:
+    a pattern matches a text of its length that equals its own once there are dots in these places.
+    """
+    shapes: dict[_Shape, dict[str, str]] = {}
+    for pattern in patterns:
+        # Escaped dots are set aside for a moment as a character that no literal holds.
+        text = _ESCAPED.sub(lambda match: "/" if match[1] == "." else match[1], pattern)
+        dots = tuple(i for i, character in enumerate(text) if character == ".")
+        shapes.setdefault((len(text), dots), {}).setdefault(text.replace("/", "."), pattern)
+    return shapes
+
+
+def _dotted_ends(path: str) -> Iterator[str]:
+    yield path
+    for position, character in enumerate(path):
+        if character == ".":
+            yield path[position + 1 :]
+
+
+def _with_dots(text: str, positions: Sequence[int]) -> str:
+    characters = list(text)
+    for position in positions:
+        characters[position] = "."
+    return "".join(characters)
+
+
+def _require_short(name: str, pattern: str) -> None:
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise AdapterUnsupported(
+            f"{name!r} holds the pattern {shown(pattern)} of {len(pattern)} characters, more than "
+            f"{MAX_PATTERN_LENGTH}"
+        )
+
+
+def _require_little_work(
+    name: str,
+    literals: Mapping[_Shape, Mapping[str, str]],
+    expressions: Sequence[str],
+    num_paths: int,
+) -> None:
+    if len(literals) > MAX_SHAPES or len(expressions) > MAX_EXPRESSIONS:
+        raise AdapterUnsupported(
+            f"{name!r} holds {len(expressions)} regular expressions and module paths of "
+            f"{len(literals)} shapes, more than {MAX_EXPRESSIONS} and {MAX_SHAPES}: write the "
+            f"modules' own names, without special characters"
+        )
+    work = num_paths * (len(literals) + sum(_ways(name, pattern) for pattern in expressions))
+    if work > MAX_WORK:
+        raise AdapterUnsupported(
+            f"the patterns of {name!r} may take too long to match {num_paths} modules: write the "
+            f"modules' own names, without special characters"
+        )
+
+
+def _ways(name: str, pattern: str) -> int:
+    """In how many ways the expression can be tried at one place, at most; in units of that.
+
+    With b bars in g groups, the whole expression one of these, there are no more than (b/g + 1)^g
+    ways to choose, and every question mark doubles them.
+    """
+    plain = pattern.replace("(?:", "(")
+    groups, repeats = plain.count("("), len(_REPEAT.findall(plain))
+    if (
+        groups > MAX_GROUPS
+        or repeats > 1
+        or _REPEATED_GROUP.search(plain)
+        or _BEYOND.search(pattern)
+    ):
+        raise _too_slow(name, pattern)
+    choices = (plain.count("|") / (groups + 1) + 1) ** (groups + 1) * 2.0 ** plain.count("?")
+    ways = int(choices) * (_REPEAT_WAYS if repeats else 1)
+    if ways > MAX_WAYS:
+        raise _too_slow(name, pattern)
+    return ways
+
+
+def _too_slow(name: str, pattern: str) -> AdapterUnsupported:
+    return AdapterUnsupported(
+        f"{name!r} holds the pattern {shown(pattern)}, which may take too long to match: write "
+        f"module names or paths, or an expression with at most one repeat, {MAX_GROUPS} groups, no "
+        f"repeated group and few alternatives"
+    )
 
 
 def _compile(name: str, pattern: str) -> re.Pattern[str]:
-    if (
-        len(pattern) > MAX_PATTERN_LENGTH
-        or len(_CHOICE.findall(pattern)) > MAX_CHOICES
-        or _REPEATED_GROUP.search(pattern)
-    ):
-        raise AdapterUnsupported(
-            f"{name!r} holds the pattern {shown(pattern)}, which may take too long to match: write "
-            f"module paths, with at most {MAX_CHOICES} repeats or groups, and no repeated group"
-        )
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise AdapterCorrupt(f"{name!r} holds the bad pattern {shown(pattern)}: {error}") from error

@@ -112,14 +112,14 @@ class _Scalars:
     alpha_pattern: Patterns
 
     @classmethod
-    def read(cls, config: Mapping[str, object]) -> "_Scalars":
+    def read(cls, config: Mapping[str, object], num_modules: int) -> "_Scalars":
         return cls(
             r=positive_int("r", config.get("r", 8)),
             alpha=finite_number("lora_alpha", config.get("lora_alpha", 8)),
             use_rslora=flag("use_rslora", config.get("use_rslora", False)),
             has_bias=flag("lora_bias", config.get("lora_bias", False)),
-            rank_pattern=Patterns.read(config, "rank_pattern"),
-            alpha_pattern=Patterns.read(config, "alpha_pattern"),
+            rank_pattern=Patterns.read(config, "rank_pattern", num_modules),
+            alpha_pattern=Patterns.read(config, "alpha_pattern", num_modules),
         )
 
     def rank(self, path: str) -> int:
@@ -224,10 +224,10 @@ class PeftLora:
         RULES.check(checkpoint.config)
         _check_init(checkpoint.config.get("init_lora_weights", True))
         _check_bias(checkpoint.config.get("bias", "none"))
-        scalars = _Scalars.read(checkpoint.config)
         parts = _by_module(checkpoint.tensors)
         if not parts:
             raise AdapterCorrupt("the weight file holds no LoRA tensor at all")
+        scalars = _Scalars.read(checkpoint.config, len(parts))
         return ParsedLora(tuple(_module(path, parts[path], scalars) for path in parts))
 
 
