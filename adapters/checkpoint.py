@@ -2,9 +2,10 @@
 
 A folder is ``adapter_config.json`` and ``adapter_model.safetensors``, or ``adapter_model.bin`` in
 the pickle format of ``torch.save``, of which only what builds plain tensors is ever executed. Each
-file is read once, with a limit, and the bytes that are hashed are the bytes that are parsed, so
-that a digest stands for the tensors that came with it even if the file changes meanwhile. Symbolic
-links are followed, because hub caches are made of them, but only to regular files.
+file is read with a limit that is checked beforehand, and the bytes that are hashed are the bytes
+that are parsed, so that a digest stands for the tensors that came with it even if the file changes
+meanwhile. Symbolic links are followed, because hub caches are made of them, but only to regular
+files.
 """
 
 import hashlib
@@ -14,10 +15,11 @@ import os
 import pickle
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import safetensors.torch
 import torch
@@ -38,8 +40,14 @@ PICKLE_FILE = "adapter_model.bin"
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHT_BYTES = 8 << 30
+OVERHEAD_BYTES = 16 << 20
+"""What a weight file may have beside its numbers: names, shapes and padding."""
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_MAX_HEADER_BYTES = 1 << 20
+_WIDEST = 8
+_STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +92,37 @@ def open_config(folder: Path) -> ConfigFile:
     """
     if not folder.is_dir():
         raise AdapterNotFound(f"there is no adapter folder at {folder}")
-    raw = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    if raw is None:
-        raise AdapterCorrupt(f"{folder} holds no {CONFIG_FILE}{_where_else(folder)}")
-    return ConfigFile(folder, raw, _parse_config(folder / CONFIG_FILE, raw))
+    path = folder / CONFIG_FILE
+    with _opened(path) as file:
+        if file is None:
+            raise AdapterCorrupt(f"{folder} holds no {CONFIG_FILE}{_where_else(folder)}")
+        raw = _read(path, file, MAX_CONFIG_BYTES)
+    return ConfigFile(folder, raw, _parse_config(path, raw))
 
 
-def open_checkpoint(config: ConfigFile, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Checkpoint:
+def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> Checkpoint:
     """Read the weights beside a configuration; safetensors first, as PEFT does.
+
+    Args:
+        config: The configuration.
+        max_numbers: Numbers that the weight file may hold. What its size, or the header of a
+            safetensors file, shows to hold more is refused unread.
 
     Raises:
         AdapterCorrupt: No weight file, an unreadable one, or NaN or Inf in a tensor.
         AdapterUnsupported: A pickle that holds more than plain tensors, or an unknown dtype.
-        AdapterTooLarge: The file exceeds ``max_weight_bytes``.
+        AdapterTooLarge: The file exceeds 8 GiB, or holds more than ``max_numbers``.
     """
     for name, parse in ((SAFETENSORS_FILE, _parse_safetensors), (PICKLE_FILE, _parse_pickle)):
         path = config.folder / name
-        raw = _read(path, max_weight_bytes)
-        if raw is not None:
-            tensors = parse(path, raw)
-            for tensor_name, tensor in tensors.items():
-                _require_finite(path, tensor_name, tensor)
-            return Checkpoint(config.fields, tensors, digest_of(config.raw, raw))
+        with _opened(path) as file:
+            if file is None:
+                continue
+            raw = _read_weights(path, file, max_numbers)
+        tensors = parse(path, raw)
+        for tensor_name, tensor in tensors.items():
+            _require_finite(path, tensor_name, tensor)
+        return Checkpoint(config.fields, tensors, digest_of(config.raw, raw))
     raise AdapterCorrupt(f"{config.folder} holds neither {SAFETENSORS_FILE} nor {PICKLE_FILE}")
 
 
@@ -117,32 +134,70 @@ def digest_of(config: bytes, weights: bytes) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, max_bytes: int) -> bytes | None:
-    """The bytes of a regular file, None where there is no such name."""
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO | None]:
+    """The regular file of this name, None where there is none."""
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        yield None
+        return
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AdapterCorrupt(f"{path} is not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def _descriptor(path: Path) -> int | None:
     try:
         # Opened before it is looked at, so that nothing can be exchanged in between; non-blocking,
         # because opening a FIFO would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         if path.is_symlink():
             raise AdapterCorrupt(f"{path} is a link to a file that does not exist") from None
         return None
     except OSError as error:
         raise AdapterCorrupt(f"{path} cannot be opened: {error.strerror}") from error
+
+
+def _read(path: Path, file: BinaryIO, max_bytes: int) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        raise AdapterTooLarge(f"{path} has {size} bytes, more than the limit of {max_bytes}")
+    return file.read(size)
+
+
+def _read_weights(path: Path, file: BinaryIO, max_numbers: int) -> bytes:
+    max_bytes = min(MAX_WEIGHT_BYTES, max_numbers * _WIDEST + OVERHEAD_BYTES)
+    if path.name == SAFETENSORS_FILE and os.fstat(file.fileno()).st_size <= max_bytes:
+        numbers = _declared_numbers(file)
+        if numbers > max_numbers:
+            raise AdapterTooLarge(
+                f"{path} holds {numbers} numbers, more than the {max_numbers} there is room for"
+            )
+    return _read(path, file, max_bytes)
+
+
+def _declared_numbers(file: BinaryIO) -> int:
+    """How many numbers the header of a safetensors file declares, 0 where it has no sound one.
+
+    The format: 8 bytes with the header's length, little endian, and the header in JSON. What is
+    wrong with it, or with one of over 1 MiB, is told by the parser, which reads the whole file.
+    """
+    raw = file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
-        return _read_regular(path, descriptor, max_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def _read_regular(path: Path, descriptor: int, max_bytes: int) -> bytes:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise AdapterCorrupt(f"{path} is not a regular file")
-    if status.st_size > max_bytes:
-        raise AdapterTooLarge(f"{path} has {status.st_size} bytes, more than {max_bytes}")
-    with os.fdopen(descriptor, "rb", closefd=False) as file:
-        return file.read(status.st_size)
+        tensors = [entry for name, entry in json.loads(raw).items() if name != "__metadata__"]
+        spans = [(entry["dtype"], *entry["data_offsets"]) for entry in tensors]
+        if sum(end - start for _, start, end in spans) > size:
+            return 0
+        return sum(
+            (end - start) // _STORED_BYTES.get(dtype, _WIDEST) for dtype, start, end in spans
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 0
 
 
 def _where_else(folder: Path) -> str:

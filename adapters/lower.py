@@ -12,30 +12,43 @@ import torch
 
 from . import kinds
 from .checkpoint import open_checkpoint, open_config
-from .errors import AdapterUnsupported, shown
+from .errors import AdapterTooLarge, AdapterUnsupported, shown
 from .kind import AdapterKind
 from .layout import BaseLayout
 from .primitives import LoweredAdapter, LowRank
 
 
-def lower(path: Path, layout: BaseLayout, dtype: torch.dtype) -> LoweredAdapter:
+def lower(path: Path, layout: BaseLayout, dtype: torch.dtype, max_bytes: int) -> LoweredAdapter:
     """Read the adapter folder at ``path`` and lower it for one base.
+
+    Args:
+        path: The folder.
+        layout: The base.
+        dtype: Of the base.
+        max_bytes: The most that the lowered adapter may take. No kind lowers to fewer numbers than
+            it stores, so most of what takes more is refused before its weights are read.
 
     Raises:
         AdapterError: The adapter is refused; see ``errors`` for the reasons.
     """
     config = open_config(path)
     kind = find_kind(config.fields)
-    checkpoint = open_checkpoint(config)
+    checkpoint = open_checkpoint(config, max_bytes // dtype.itemsize)
     primitives = kind.parse(checkpoint).lower(layout, dtype)
     ranks = [primitive.rank for primitive in primitives if isinstance(primitive, LowRank)]
-    return LoweredAdapter(
+    adapter = LoweredAdapter(
         digest=checkpoint.digest,
         kind=kind.name,
         library=kind.library,
         rank=max(ranks, default=0),
         primitives=primitives,
     )
+    if adapter.num_bytes > max_bytes:
+        raise AdapterTooLarge(
+            f"the adapter at {path} takes {adapter.num_bytes} bytes in {dtype}, more than the "
+            f"{max_bytes} there is room for"
+        )
+    return adapter
 
 
 def find_kind(config: Mapping[str, object]) -> AdapterKind:

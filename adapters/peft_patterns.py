@@ -1,9 +1,9 @@
 """PEFT's ``rank_pattern`` and ``alpha_pattern``: values for the modules that a pattern matches.
 
 A pattern is a regular expression for a module's path or a dotted end of it, and the first in the
-file's order counts. The patterns come out of a stranger's file, and Python's engine backtracks while
-it holds the interpreter. So what PEFT writes itself, module names and paths, is looked up without
-that engine; of true expressions only a few are allowed, and none that has many ways to match.
+file's order counts. The patterns come out of a stranger's file, and Python's engine backtracks
+while it holds the interpreter. So module names and paths, which is what most are, are looked up
+without that engine; of true expressions only a few are allowed, and none with many ways to match.
 """
 
 import re
@@ -143,25 +143,40 @@ def _require_little_work(
 
 
 def _ways(name: str, pattern: str) -> int:
-    """In how many ways the expression can be tried at one place, at most; in units of that.
-
-    With b bars in g groups, the whole expression one of these, there are no more than (b/g + 1)^g
-    ways to choose, and every question mark doubles them.
-    """
+    """In how many ways the expression can be tried at one place, at most."""
     plain = pattern.replace("(?:", "(")
-    groups, repeats = plain.count("("), len(_REPEAT.findall(plain))
-    if (
-        groups > MAX_GROUPS
-        or repeats > 1
-        or _REPEATED_GROUP.search(plain)
-        or _BEYOND.search(pattern)
-    ):
+    repeats = len(_REPEAT.findall(plain))
+    choices = _choices(plain)
+    refused = plain.count("(") > MAX_GROUPS or repeats > 1
+    if refused or choices is None or _REPEATED_GROUP.search(plain) or _BEYOND.search(pattern):
         raise _too_slow(name, pattern)
-    choices = (plain.count("|") / (groups + 1) + 1) ** (groups + 1) * 2.0 ** plain.count("?")
-    ways = int(choices) * (_REPEAT_WAYS if repeats else 1)
+    ways = choices * (_REPEAT_WAYS if repeats else 1)
     if ways > MAX_WAYS:
         raise _too_slow(name, pattern)
     return ways
+
+
+def _choices(pattern: str) -> int | None:
+    """Ways through its alternatives and optional parts, None if its groups are not closed.
+
+    What stands side by side multiplies, alternatives add up, a question mark doubles.
+    """
+    totals, products = [0], [1]
+    for character in pattern:
+        if character == "(":
+            totals.append(0)
+            products.append(1)
+        elif character == "|":
+            totals[-1] += products[-1]
+            products[-1] = 1
+        elif character == "?":
+            products[-1] *= 2
+        elif character == ")":
+            inside = totals.pop() + products.pop()
+            if not products:
+                return None
+            products[-1] *= inside
+    return totals[0] + products[0] if len(products) == 1 else None
 
 
 def _too_slow(name: str, pattern: str) -> AdapterUnsupported:

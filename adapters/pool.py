@@ -7,14 +7,11 @@ Installing an adapter writes its tensors and a column of each table; removing it
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..kernels.low_rank.op import LowRankTable
 from .extents import ExtentError, Extents
 from .layout import BaseLayout
-from .primitives import LoweredAdapter, LowRank, Primitive
-
-ALIGNMENT_BYTES = 64
+from .primitives import ALIGNMENT_BYTES, LoweredAdapter, LowRank, Primitive
 
 
 class AdapterPool:
@@ -44,6 +41,7 @@ class AdapterPool:
         self._extents = Extents(capacity_bytes // self._itemsize, ALIGNMENT_BYTES // self._itemsize)
         self._free_slots = list(reversed(range(num_slots)))
         self._starts: dict[int, list[int]] = {}
+        self._bytes_in: dict[int, int] = {}
         shape = (sum(1 for _ in layout.iter_targets()), num_slots)
         self.table = LowRankTable(
             pool=torch.empty(self._extents.capacity, dtype=dtype, device=device),
@@ -54,23 +52,25 @@ class AdapterPool:
         )
 
     @property
-    def free_bytes(self) -> int:
-        """Bytes of the buffer that no adapter has."""
-        return self._extents.free * self._itemsize
-
-    def bytes_of(self, adapter: LoweredAdapter) -> int:
-        """Bytes of the buffer that the adapter takes, up to 63 a tensor of them for alignment."""
-        return sum(map(self._extents.padded, _sizes(adapter))) * self._itemsize
+    def capacity_bytes(self) -> int:
+        """Bytes of the buffer."""
+        return self._extents.capacity * self._itemsize
 
     def fits_at_all(self, adapter: LoweredAdapter) -> bool:
         """Whether the adapter fits into the pool when nothing else is in it."""
-        return self.bytes_of(adapter) <= self._extents.capacity * self._itemsize
+        return adapter.num_device_bytes <= self.capacity_bytes
 
     def evictions_for(self, adapter: LoweredAdapter, candidates: Sequence[int]) -> int | None:
         """How many slots, taken from ``candidates`` in order, must be removed to install it.
 
         None if all of them are not enough. Nothing is changed.
         """
+        # Asked in every step for every adapter that waits, and mostly in vain: sizes come first.
+        room = self._extents.free * self._itemsize + sum(
+            map(self._bytes_in.__getitem__, candidates)
+        )
+        if adapter.num_device_bytes > room or not (self._free_slots or candidates):
+            return None
         trial, sizes = self._extents.copy(), _sizes(adapter)
         for removed in range(len(candidates) + 1):
             if removed:
@@ -86,7 +86,8 @@ class AdapterPool:
             return None
         slot = self._free_slots.pop()
         self._starts[slot] = starts
-        for start, tensor in zip(starts, _tensors(adapter), strict=True):
+        self._bytes_in[slot] = adapter.num_device_bytes
+        for start, tensor in zip(starts, adapter.tensors, strict=True):
             self.table.pool[start : start + tensor.numel()].copy_(tensor.reshape(-1))
         self._write_columns(adapter.primitives, starts, slot)
         return slot
@@ -100,6 +101,7 @@ class AdapterPool:
         if slot not in self._starts:
             raise ExtentError(f"adapter slot {slot} is empty")
         self._extents.release(self._starts.pop(slot))
+        del self._bytes_in[slot]
         self._free_slots.append(slot)
         self.table.rank[:, slot] = 0
         self.table.bias_offset[:, slot] = -1
@@ -107,6 +109,9 @@ class AdapterPool:
     def check_integrity(self) -> None:
         """Raise ExtentError unless slots, extents and tables agree."""
         self._extents.check_integrity()
+        used = (self._extents.capacity - self._extents.free) * self._itemsize
+        if used != sum(self._bytes_in.values()):
+            raise ExtentError(f"adapters of {self._bytes_in} bytes take {used}")
         num_slots = self.table.rank.shape[1]
         if sorted([*self._free_slots, *self._starts]) != list(range(num_slots)):
             raise ExtentError("some adapter slot is neither free nor in use, or both")
@@ -139,9 +144,5 @@ class AdapterPool:
             table[:, slot] = torch.tensor(column, dtype=table.dtype).to(table.device)
 
 
-def _tensors(adapter: LoweredAdapter) -> list[Tensor]:
-    return [tensor for primitive in adapter.primitives for tensor in primitive.tensors]
-
-
 def _sizes(adapter: LoweredAdapter) -> list[int]:
-    return [tensor.numel() for tensor in _tensors(adapter)]
+    return [tensor.numel() for tensor in adapter.tensors]

@@ -5,10 +5,14 @@ merged into it. Its device math lives once, in ``kernels/``.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from .layout import LinearTarget
+
+ALIGNMENT_BYTES = 64
+"""Every tensor begins at a multiple of this on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +75,24 @@ class LoweredAdapter:
     rank: int
     primitives: tuple[Primitive, ...]
 
-    @property
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What its primitives store, in their order."""
+        return tuple(tensor for primitive in self.primitives for tensor in primitive.tensors)
+
+    @cached_property
     def num_elements(self) -> int:
         """Numbers stored, the same on host and device."""
-        return sum(_elements(primitive) for primitive in self.primitives)
+        return sum(tensor.numel() for tensor in self.tensors)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes stored on the host."""
-        return sum(_bytes(primitive) for primitive in self.primitives)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
-
-def _elements(primitive: Primitive) -> int:
-    return sum(tensor.numel() for tensor in primitive.tensors)
-
-
-def _bytes(primitive: Primitive) -> int:
-    return sum(tensor.nbytes for tensor in primitive.tensors)
+    @cached_property
+    def num_device_bytes(self) -> int:
+        """Bytes it takes on the device, up to 63 a tensor of them for alignment."""
+        return (
+            sum(-(-tensor.nbytes // ALIGNMENT_BYTES) for tensor in self.tensors) * ALIGNMENT_BYTES
+        )

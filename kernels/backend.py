@@ -5,7 +5,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .build import CompilerError, build_library, find_compiler
+from .cpu.library import DTYPES
 from .low_rank import reference as low_rank_reference
 from .low_rank.compiled import CompiledLowRank
 from .low_rank.op import AddLowRank
@@ -64,12 +67,12 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         cache_dir: Folder of compiled libraries; the user's cache folder by default.
 
     Raises:
-        CompilerError: There is no C++ compiler, or it failed.
+        CompilerError: There is no C++ compiler, it failed, or its library cannot be kept or loaded.
     """
     compiler = find_compiler()
     if compiler is None:
         raise CompilerError("no C++ compiler found: install g++, or name one in CXX")
-    library = ctypes.CDLL(str(build_library(compiler, cache_dir)))
+    library = _load(build_library(compiler, cache_dir))
     attention, norm = CompiledAttention(library), CompiledRMSNorm(library)
     return Backend(
         name="compiled",
@@ -83,26 +86,48 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
     )
 
 
-def select_backend(name: str, cache_dir: Path | None = None) -> Backend:
-    """The backend of this name; ``auto`` is the fastest that works here.
+def select_backend(name: str, dtype: torch.dtype, cache_dir: Path | None = None) -> Backend:
+    """The backend of this name for a model in ``dtype``; ``auto`` is the fastest that works here.
 
     Raises:
         CompilerError: ``compiled`` was asked for and cannot be built.
-        ValueError: There is no backend of this name.
+        ValueError: There is no backend of this name, or ``compiled`` has no kernels for ``dtype``.
     """
     match name:
         case "auto":
-            return _fastest_backend(cache_dir)
+            return _fastest_backend(dtype, cache_dir)
         case "compiled":
+            if dtype not in DTYPES:
+                raise ValueError(_no_kernels(dtype))
             return compiled_backend(cache_dir)
         case "reference":
             return reference_backend()
     raise ValueError(f"unknown backend {name!r}: choose auto, compiled or reference")
 
 
-def _fastest_backend(cache_dir: Path | None) -> Backend:
+def _fastest_backend(dtype: torch.dtype, cache_dir: Path | None) -> Backend:
+    if dtype not in DTYPES:
+        return _slower_backend(_no_kernels(dtype))
     try:
         return compiled_backend(cache_dir)
     except CompilerError as error:
-        logger.warning("running the slower reference kernels, because %s", error)
-        return reference_backend()
+        return _slower_backend(str(error))
+
+
+def _slower_backend(why: str) -> Backend:
+    logger.warning("running the slower reference kernels, because %s", why)
+    return reference_backend()
+
+
+def _no_kernels(dtype: torch.dtype) -> str:
+    return f"there are no compiled kernels for {dtype}: serve in {' or '.join(DTYPES.values())}"
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompilerError(
+            f"cannot load the compiled kernels: {error}: remove {path} to have them built again, "
+            f"or choose a cache folder that programs may be loaded from (XDG_CACHE_HOME)"
+        ) from error

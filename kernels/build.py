@@ -31,7 +31,7 @@ _FOLDER = Path(__file__).parent
 
 
 class CompilerError(RuntimeError):
-    """There is no C++ compiler, or it refused the kernels; the message holds what it said."""
+    """There are no compiled kernels to be had; the message holds what the compiler said, or why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,20 @@ def build_library(compiler: Compiler, cache_dir: Path | None = None) -> Path:
     builds each write a file of their own, and the last rename wins.
 
     Raises:
-        CompilerError: The compiler failed.
+        CompilerError: The compiler failed, or the cache cannot be written.
     """
     folder = cache_dir or user_cache_path("deltamux")
     flags = (*FLAGS, *_openmp_flags())
     library = folder / f"kernels-{_key(compiler, flags)}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, flags, library)
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, flags, library)
+    except OSError as error:
+        raise CompilerError(
+            f"cannot keep compiled kernels in {folder}: {error}: make it writable, or choose "
+            f"another cache folder (XDG_CACHE_HOME)"
+        ) from error
     return library
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     except click.ClickException as error:
         click.echo(f"deltamux: {error.format_message()}", err=True)
         sys.exit(2)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
 
 

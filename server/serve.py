@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,10 +40,17 @@ def run(config: ServeConfig) -> None:
         ServeError: The model, an ``--adapter`` or the address cannot be served.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # uvicorn raises the signal again when it has ended; by default that ends the process before
+    # the engine is.
+    signal.signal(signal.SIGTERM, _exit)
     try:
         asyncio.run(_serve(config))
-    except (ModelError, TokenizerError, EngineError) as error:
+    except (ModelError, TokenizerError, EngineError, OSError) as error:
         raise ServeError(str(error)) from error
+
+
+def _exit(*_: object) -> None:
+    raise SystemExit(0)
 
 
 async def _serve(config: ServeConfig) -> None:

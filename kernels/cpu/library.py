@@ -14,7 +14,8 @@ POINTER = ctypes.c_void_p
 INT = ctypes.c_int64
 FLOAT = ctypes.c_float
 
-_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES: Mapping[torch.dtype, str] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Element types there are kernels for, and what ends their names."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -44,7 +45,7 @@ class Kernels:
         self._name = name
         self._by_dtype: Mapping[torch.dtype, Kernel] = {
             dtype: _declared(library[f"{name}_{suffix}"], arguments)
-            for dtype, suffix in _SUFFIXES.items()
+            for dtype, suffix in DTYPES.items()
         }
 
     def of(self, *tensors: Tensor) -> Kernel:

@@ -22,13 +22,11 @@ class Segments:
         start: (segments,) int32, first row.
         end: (segments,) int32, one past the last row.
         adapter_slot: (segments,) int32.
-        max_rows: Rows of the longest segment.
     """
 
     start: Tensor
     end: Tensor
     adapter_slot: Tensor
-    max_rows: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,12 @@ class PagedBatch:
         context_lens: (sequences,) int32, keys visible to each sequence's last row.
         block_tables: (sequences, max_blocks) int32; entries past a sequence's context are not read.
         slot_mapping: (rows,) int64, block * block_size + offset where each row's key and value go.
-        max_seqlen_q: Most query rows of one sequence.
-        max_context_len: Longest context.
     """
 
     cu_seqlens_q: Tensor
     context_lens: Tensor
     block_tables: Tensor
     slot_mapping: Tensor
-    max_seqlen_q: int
-    max_context_len: int
 
 
 WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

@@ -54,6 +54,8 @@ def make_job(
     """
     info = state.require_info()
     check_token_ids(body, info)
+    # A tokenizer may name end tokens that the model was not made with and cannot choose.
+    end_token_ids = tuple(end for end in state.tokenizer.end_token_ids if end < info.vocab_size)
     job_id = f"{prefix}-{uuid4().hex}"
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
@@ -62,9 +64,7 @@ def make_job(
             request = GenerationRequest(
                 request_id=f"{job_id}-{number}-{choice}",
                 prompt_token_ids=prompt.token_ids,
-                sampling=sampling_params(
-                    body, choice, max_tokens, state.tokenizer.end_token_ids, prompt_logprobs
-                ),
+                sampling=sampling_params(body, choice, max_tokens, end_token_ids, prompt_logprobs),
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )

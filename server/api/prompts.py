@@ -132,6 +132,8 @@ async def _from_text(
     token_ids = await _aside(work, characters, state)
     if not token_ids:
         raise InvalidRequest(f"{param}: the text has no tokens.", param)
+    # A tokenizer may know tokens that were added after the model was made.
+    check_vocabulary(token_ids, state.require_info(), param)
     return TokenPrompt(token_ids, text)
 
 

@@ -9,7 +9,8 @@ from ...adapters.lower import lower
 from ...adapters.pool import AdapterPool
 from ...adapters.primitives import LoweredAdapter
 from ...adapters.residency import Residency
-from ...kernels.backend import select_backend
+from ...kernels.backend import Backend, select_backend
+from ...kernels.build import CompilerError
 from ..model.decoder import Decoder
 from ..model.loader import load_model
 from ..runner.runner import Runner
@@ -18,56 +19,102 @@ from ..scheduler.limits import SchedulerLimits
 from ..scheduler.scheduler import Scheduler
 from .config import ADAPTER_SHARE, EngineConfig
 from .core import Engine
-from .host_tier import HostTier
+from .errors import EngineMisconfigured
+from .host_tier import HostTier, Lower
 from .messages import EngineInfo
+
+_ADAPTER_SLOTS_PER_SEQUENCE = 4
+"""Adapters that may be on the device, per sequence that may run: some run, some are kept warm."""
 
 
 def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
-    """Load the base, allocate the device memory and put the parts together."""
-    backend = select_backend(config.kernels)
-    dtype = _resolve_dtype(config.dtype)
-    device = torch.device(config.device)
+    """Load the base, allocate the device memory and put the parts together.
+
+    Raises:
+        EngineMisconfigured: The options do not go together with each other or with the base.
+        ModelError: The base is refused.
+    """
+    dtype, device = _resolve_dtype(config.dtype), torch.device(config.device)
+    backend = _backend(config.kernels, dtype)
     decoder = load_model(Path(config.model_folder), dtype, device, backend)
+    limits, num_blocks = _limits(config, decoder)
+
     pool = AdapterPool(
         decoder.layout,
-        num_slots=4 * config.max_num_seqs,
+        num_slots=_ADAPTER_SLOTS_PER_SEQUENCE * config.max_num_seqs,
         capacity_bytes=int(config.memory_budget * ADAPTER_SHARE),
         dtype=dtype,
         device=device,
     )
-    num_blocks = _num_blocks(config, decoder)
-    max_model_len = _max_model_len(config, decoder, num_blocks * config.block_size)
-    host = HostTier(
-        lambda path: _lower_to_fit(path, decoder, dtype, pool), config.host_memory_budget
-    )
+    host = HostTier(_lowering(decoder, dtype, pool, config), config.host_memory_budget)
     residency = Residency(pool, host.lowered)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    limits = SchedulerLimits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=max_model_len,
-    )
-    runner = Runner(
-        decoder,
-        decoder.new_kv_cache(num_blocks, config.block_size),
-        backend,
-        pool.table,
-        residency.slot,
-    )
+    kv_cache = decoder.new_kv_cache(num_blocks, config.block_size)
+    runner = Runner(decoder, kv_cache, backend, pool.table, residency.slot)
     engine = Engine(Scheduler(limits, blocks, residency), blocks, runner, host, residency)
-    info = EngineInfo(
+    return engine, host, _info(config, decoder, backend, dtype, limits, num_blocks)
+
+
+def _backend(name: str, dtype: torch.dtype) -> Backend:
+    try:
+        return select_backend(name, dtype)
+    except (CompilerError, ValueError) as error:
+        raise EngineMisconfigured(f"--kernels {name}: {error}") from error
+
+
+def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, int]:
+    """The scheduler's bounds, and the KV blocks that the memory budget holds."""
+    num_blocks = _num_blocks(config, decoder)
+    try:
+        limits = SchedulerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=_max_model_len(config, decoder, num_blocks * config.block_size),
+            vocab_size=decoder.config.vocab_size,
+        )
+    except ValueError as error:
+        raise EngineMisconfigured(str(error)) from error
+    return limits, num_blocks
+
+
+def _lowering(
+    decoder: Decoder, dtype: torch.dtype, pool: AdapterPool, config: EngineConfig
+) -> Lower:
+    """How the host tier reads an adapter for this base, this pool and these budgets."""
+    max_bytes = min(pool.capacity_bytes, config.host_memory_budget)
+
+    def lower_to_fit(path: Path) -> LoweredAdapter:
+        adapter = lower(path, decoder.layout, dtype, max_bytes)
+        if not pool.fits_at_all(adapter):
+            raise AdapterTooLarge(
+                f"the adapter at {path} needs {adapter.num_device_bytes} bytes on the device, more "
+                f"than the adapters' share of --memory-budget; raise it"
+            )
+        return adapter
+
+    return lower_to_fit
+
+
+def _info(
+    config: EngineConfig,
+    decoder: Decoder,
+    backend: Backend,
+    dtype: torch.dtype,
+    limits: SchedulerLimits,
+    num_blocks: int,
+) -> EngineInfo:
+    return EngineInfo(
         model_type=decoder.config.model_type,
         dtype=str(dtype).removeprefix("torch."),
         device=config.device,
         kernels=backend.name,
-        vocab_size=decoder.config.vocab_size,
-        max_model_len=max_model_len,
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
         num_blocks=num_blocks,
         block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        adapter_slots=4 * config.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
+        adapter_slots=_ADAPTER_SLOTS_PER_SEQUENCE * limits.max_num_seqs,
     )
-    return engine, host, info
 
 
 def _resolve_dtype(name: str) -> torch.dtype:
@@ -85,11 +132,11 @@ def _max_model_len(config: EngineConfig, decoder: Decoder, cache_tokens: int) ->
     if config.max_model_len is None:
         return min(longest, cache_tokens)
     if config.max_model_len > longest:
-        raise ValueError(
+        raise EngineMisconfigured(
             f"--max-model-len {config.max_model_len} exceeds the base model's {longest} positions"
         )
     if config.max_model_len > cache_tokens:
-        raise ValueError(
+        raise EngineMisconfigured(
             f"--max-model-len {config.max_model_len} exceeds the {cache_tokens} tokens that the KV "
             f"cache holds; raise --memory-budget {config.memory_budget}"
         )
@@ -100,20 +147,8 @@ def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
     budget = int(config.memory_budget * (1 - ADAPTER_SHARE))
     num_blocks = budget // (decoder.kv_bytes_per_token * config.block_size)
     if num_blocks < 1:
-        raise ValueError(
+        raise EngineMisconfigured(
             f"--memory-budget {config.memory_budget} holds no KV block of {config.block_size} "
             f"tokens ({decoder.kv_bytes_per_token} bytes a token); raise it"
         )
     return num_blocks
-
-
-def _lower_to_fit(
-    path: Path, decoder: Decoder, dtype: torch.dtype, pool: AdapterPool
-) -> LoweredAdapter:
-    adapter = lower(path, decoder.layout, dtype)
-    if not pool.fits_at_all(adapter):
-        raise AdapterTooLarge(
-            f"the adapter at {path} needs {pool.bytes_of(adapter)} bytes on the device, more than "
-            f"the adapters' share of --memory-budget; raise it"
-        )
-    return adapter

@@ -4,7 +4,8 @@ EngineError
 ├── EngineUnavailable     it is starting or restarting: nothing was submitted
 ├── EngineStartFailed     it ended before it was ready for the first time
 ├── EngineDied            it died while this sequence ran
-└── QueueFull             its bounded queue is full: nothing was submitted
+├── QueueFull             its bounded queue is full: nothing was submitted
+└── EngineMisconfigured   what it was started with cannot be served
 """
 
 
@@ -26,3 +27,7 @@ class EngineDied(EngineError):
 
 class QueueFull(EngineError):
     """The engine's bounded queue is full; nothing was submitted."""
+
+
+class EngineMisconfigured(EngineError):
+    """What the engine was started with cannot be served; raised in its process while it starts."""

@@ -12,7 +12,9 @@ import signal
 import msgspec
 import zmq
 
+from ..model.errors import ModelError
 from .config import EngineConfig
+from .errors import EngineMisconfigured
 from .messages import Command, EngineFailed, Event, Shutdown
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
     mailbox = _Mailbox(commands, events)
     try:
         _serve(config, mailbox)
+    except (EngineMisconfigured, ModelError) as error:
+        mailbox.send([EngineFailed(str(error))])
+        raise SystemExit(1) from None
     except Exception as error:
         logger.exception("the engine stops")
         mailbox.send([EngineFailed(f"{type(error).__name__}: {error}")])

@@ -32,13 +32,16 @@ class Checkpoint:
         Raises:
             ModelNotFound: The folder has no weights.
             ModelUnsupported: It has weights, but none as safetensors.
-            ModelCorrupt: A file is missing or unreadable.
+            ModelCorrupt: A file is missing or unreadable, or two have a tensor of one name.
         """
         files = _weight_files(folder)
         self._folder = folder
         self._files: dict[str, Any] = {}
         for path in files:
             handle = _open(path)
+            twice = sorted(self._files.keys() & handle.keys())
+            if twice:
+                raise ModelCorrupt(f"{path}: tensor {twice[0]} is in another file as well")
             self._files.update(dict.fromkeys(handle.keys(), handle))
         bare = not any(name.startswith(base_prefix) for name in self._files)
         self._hidden_prefix = base_prefix if bare else ""

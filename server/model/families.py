@@ -37,11 +37,13 @@ class Family:
     """One architecture.
 
     Attributes:
+        model_type: Of its configuration: another's may hold fields that change the computation.
         configure: From transformers' configuration object.
         assemble: From the checkpoint's tensors.
         base_prefix: What tensor names of the decoder begin with.
     """
 
+    model_type: str
     configure: Callable[[Any], ModelConfig]
     assemble: Callable[[ModelConfig, ModelBuilder, Backend], Decoder]
     base_prefix: str
@@ -64,6 +66,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _require(config, "model_type", family.model_type)
         return family, family.configure(config)
     # transformers reports a bad field with whatever its validator or arithmetic raised
     except _CONFIG_ERRORS as error:
@@ -140,11 +143,11 @@ def _gpt2(config: Any) -> ModelConfig:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "GPT2LMHeadModel": Family(_gpt2, gpt2.assemble, "transformer."),
-    "LlamaForCausalLM": Family(_llama, llama.assemble, "model."),
-    "MistralForCausalLM": Family(_mistral, llama.assemble, "model."),
-    "Qwen2ForCausalLM": Family(_qwen2, llama.assemble, "model."),
-    "Qwen3ForCausalLM": Family(_qwen3, llama.assemble, "model."),
+    "GPT2LMHeadModel": Family("gpt2", _gpt2, gpt2.assemble, "transformer."),
+    "LlamaForCausalLM": Family("llama", _llama, llama.assemble, "model."),
+    "MistralForCausalLM": Family("mistral", _mistral, llama.assemble, "model."),
+    "Qwen2ForCausalLM": Family("qwen2", _qwen2, llama.assemble, "model."),
+    "Qwen3ForCausalLM": Family("qwen3", _qwen3, llama.assemble, "model."),
 }
 
 

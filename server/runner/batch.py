@@ -77,12 +77,7 @@ def make_segments(
     if not groups:
         return None
     start, end, slot = np.array(groups, dtype=np.int32).T.copy()
-    return Segments(
-        start=_to(start, device),
-        end=_to(end, device),
-        adapter_slot=_to(slot, device),
-        max_rows=int((end - start).max()),
-    )
+    return Segments(start=_to(start, device), end=_to(end, device), adapter_slot=_to(slot, device))
 
 
 def _slot(item: ScheduledSequence, adapter_slot: Callable[[int], int]) -> int | None:
@@ -98,8 +93,8 @@ def _paged(
     device: torch.device,
 ) -> PagedBatch:
     context_lens = np.array([item.end for item in items], dtype=np.int32)
-    max_context = int(context_lens.max())
-    tables = np.zeros((len(items), -(-max_context // block_size)), dtype=np.int32)
+    max_blocks = -(-int(context_lens.max()) // block_size)
+    tables = np.zeros((len(items), max_blocks), dtype=np.int32)
     for row, item in zip(tables, items, strict=True):
         used = -(-item.end // block_size)
         row[:used] = item.sequence.block_table[:used]
@@ -110,8 +105,6 @@ def _paged(
         context_lens=_to(context_lens, device),
         block_tables=_to(tables, device),
         slot_mapping=_to(blocks * block_size + positions % block_size, device),
-        max_seqlen_q=int(np.diff(bounds).max()),
-        max_context_len=max_context,
     )
 
 

@@ -6,15 +6,20 @@ Every block is in exactly one state:
     cached-free   held by nobody, but its contents can still be found; reused in LRU order
     in use        held by one or more sequences (several only for a shared, full prefix block)
 
-Nothing is ever written to a block that two sequences hold: only full blocks are shared, and a
-sequence writes behind its full blocks.
+Only full blocks are shared, and a sequence writes behind its full blocks. So nothing is written to
+a block that two sequences hold, with one exception: a block that a step fills may be shared in that
+very step, because in each layer all of a step's keys and values are written before any is read.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from .block_hash import block_hashes
 from .errors import KVAccountingError
 from .sequence import Sequence
+
+_NONE: Mapping[bytes, int] = MappingProxyType({})
 
 
 class BlockManager:
@@ -63,14 +68,19 @@ class BlockManager:
         """Blocks held by sequences."""
         return self.num_blocks - self.num_free
 
-    def find_cached(self, sequence: Sequence, limit: int) -> list[int]:
-        """Blocks with the longest cached prefix of at most ``limit`` tokens; changes nothing."""
+    def find_cached(
+        self, sequence: Sequence, limit: int, coming: Mapping[bytes, int] = _NONE
+    ) -> list[int]:
+        """Blocks with the longest cached prefix of at most ``limit`` tokens; changes nothing.
+
+        ``coming`` are blocks, in use, that the step about to run fills, by name.
+        """
         if not self._prefix_caching:
             return []
         found: list[int] = []
         num_full = min(limit, len(sequence.token_ids)) // self.block_size
         for name in block_hashes(sequence, num_full, self.block_size)[:num_full]:
-            block = self._block_of.get(name)
+            block = self._block_of.get(name, coming.get(name))
             if block is None:
                 break
             found.append(block)
@@ -109,16 +119,20 @@ class BlockManager:
             sequence.block_table.append(self._take())
         return True
 
+    def filled(self, sequence: Sequence, start: int, end: int) -> dict[bytes, int]:
+        """The blocks that become full as tokens ``start .. end`` are computed, by name."""
+        first, last = start // self.block_size, end // self.block_size
+        if first == last or not self._prefix_caching:
+            return {}
+        names = block_hashes(sequence, last, self.block_size)
+        return dict(zip(names[first:last], sequence.block_table[first:last], strict=True))
+
     def publish(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks that became full as tokens ``start .. end`` were computed findable.
 
         Where equal contents are findable already, they stay so and the duplicate stays private.
         """
-        first, last = start // self.block_size, end // self.block_size
-        if first == last or not self._prefix_caching:
-            return
-        names = block_hashes(sequence, last, self.block_size)
-        for block, name in zip(sequence.block_table[first:last], names[first:last], strict=True):
+        for name, block in self.filled(sequence, start, end).items():
             if self._block_of.setdefault(name, block) == block:
                 self._hash_of[block] = name
 

@@ -12,6 +12,7 @@ class SchedulerLimits:
         max_num_batched_tokens: Rows of one step. At least ``max_num_seqs``, so that every running
             sequence can decode in every step.
         max_model_len: Tokens of one sequence, prompt and output.
+        vocab_size: Token ids are below it.
         max_overtakes: Steps in which a sequence that waits for an adapter slot may be overtaken;
             after these nothing passes it until it runs.
     """
@@ -19,6 +20,7 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    vocab_size: int
     max_overtakes: int = 64
 
     def __post_init__(self) -> None:
@@ -40,5 +42,7 @@ class SchedulerLimits:
                 f" max_num_seqs ({self.max_num_seqs}), because every running sequence decodes one"
                 " token in every step: raise the first or lower the second"
             )
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
         if self.max_overtakes < 0:
             raise ValueError(f"max_overtakes must not be negative, but is {self.max_overtakes}")

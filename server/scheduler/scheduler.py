@@ -36,13 +36,15 @@ class _Step:
     unservable: list[Sequence] = field(default_factory=list)
     preempted: bool = False
 
-    def put(self, sequence: Sequence) -> None:
+    def put(self, sequence: Sequence) -> ScheduledSequence:
         """Compute as much of the sequence as there is room for."""
         start = sequence.num_computed_tokens
         total = len(sequence.token_ids)
         end = min(total, start + self.budget)
         self.budget -= end - start
-        self.scheduled[sequence] = ScheduledSequence(sequence, start, end, samples=end == total)
+        item = ScheduledSequence(sequence, start, end, samples=end == total)
+        self.scheduled[sequence] = item
+        return item
 
     def drop(self, sequence: Sequence) -> None:
         """Give the room of a preempted sequence to the others."""
@@ -71,6 +73,8 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
+        self._refused: set[int | None] = set()
+        """Adapters that got no slot; nothing can have changed until some sequence releases one."""
 
     @property
     def max_tokens_that_fit(self) -> int:
@@ -97,7 +101,8 @@ class Scheduler:
 
         Raises:
             SequenceTooLong: Its tokens leave no room for another.
-            SequenceRefused: It has no prompt, nothing left to generate, or the id of a live one.
+            SequenceRefused: It has no prompt, nothing left to generate, the id of a live one, or
+                tokens that the model does not have.
         """
         self._check_can_run(sequence)
         self._sequences[sequence.request.request_id] = sequence
@@ -175,6 +180,22 @@ class Scheduler:
                 f" {self.max_tokens_that_fit} tokens of prompt and output: shorten the prompt (or"
                 " serve with a larger --max-model-len or --memory-budget)"
             )
+        self._check_token_ids(sequence)
+
+    def _check_token_ids(self, sequence: Sequence) -> None:
+        """One id outside the tables of the model would end the step for everybody in it."""
+        size, sampling = self.limits.vocab_size, sequence.sampling
+        for what, ids in (
+            ("prompt or output", sequence.token_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("end_token_ids", sampling.end_token_ids),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < size:
+                wrong = next(token_id for token_id in ids if not 0 <= token_id < size)
+                raise SequenceRefused(
+                    f"{what}: there is no token {wrong}, the model's ids are 0 to {size - 1}"
+                )
 
     def _schedule_running(self, step: _Step) -> None:
         # Every decode row fits, because the budget is at least max_num_seqs. A prefill that gets no
@@ -208,19 +229,20 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         position = 0
         overtaken = 0
-        refused: set[int | None] = set()
+        coming = self._coming(step)
         while self._has_room(step) and position < len(self._waiting):
             sequence = self._waiting[position]
-            if sequence.request.adapter_id not in refused:
-                cached = self._blocks.find_cached(sequence, sequence.cache_limit)
+            if sequence.request.adapter_id not in self._refused:
+                cached = self._blocks.find_cached(sequence, sequence.cache_limit, coming)
                 if not self._fits(sequence, cached):
                     break
                 if self._acquire_adapter(sequence):
                     self._start(self._waiting.pop(position), cached)
-                    step.put(sequence)
+                    item = step.put(sequence)
+                    coming |= self._blocks.filled(sequence, item.start, item.end)
                     overtaken = position
                     continue
-                refused.add(sequence.request.adapter_id)
+                self._refused.add(sequence.request.adapter_id)
             if not self._running:
                 del self._sequences[self._waiting.pop(position).request.request_id]
                 step.unservable.append(sequence)
@@ -229,6 +251,14 @@ class Scheduler:
             else:
                 position += 1
         self._waiting.count_overtaken(overtaken)
+
+    def _coming(self, step: _Step) -> dict[bytes, int]:
+        """Blocks that the step fills, by name, if anyone waits to share them."""
+        coming: dict[bytes, int] = {}
+        if self._waiting:
+            for item in step.scheduled.values():
+                coming |= self._blocks.filled(item.sequence, item.start, item.end)
+        return coming
 
     def _has_room(self, step: _Step) -> bool:
         return step.budget > 0 and len(self._running) < self.limits.max_num_seqs
@@ -276,3 +306,4 @@ class Scheduler:
         self._blocks.free(sequence)
         if sequence.request.adapter_id is not None:
             self._adapters.release(sequence.request.adapter_id)
+            self._refused.clear()

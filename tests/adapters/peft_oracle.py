@@ -26,6 +26,8 @@ from deltamux.adapters.layout import BaseLayout, LinearSite, LinearTarget
 from deltamux.adapters.primitives import LoweredAdapter, LowRank
 
 HIDDEN, LAYERS, VOCAB = 64, 2, 97
+ROOM = 1 << 30
+"""Bytes, more than any adapter here takes."""
 SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 

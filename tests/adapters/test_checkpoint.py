@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import struct
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import save, save_file
 
 from deltamux.adapters.checkpoint import (
     MAX_CONFIG_BYTES,
+    OVERHEAD_BYTES,
     ConfigFile,
     digest_of,
     open_checkpoint,
@@ -122,12 +125,41 @@ def test_a_config_that_is_too_large(folder):
     refused(folder, AdapterTooLarge, CONFIG)
 
 
-def test_weights_that_are_too_large(folder):
-    size = (folder / SAFETENSORS).stat().st_size
+def test_a_repeated_key_among_very_many(folder):
+    """In linear time: a megabyte holds keys enough to keep anything slower busy for a minute."""
+    keys = ",".join(f'"{i}":0' for i in range(60_000))
+    (folder / CONFIG).write_text(f'{{{keys},"59999":0}}')
+    started = time.process_time()
+    refused(folder, AdapterCorrupt, "'59999' appears twice")
+    assert time.process_time() - started < 2
+
+
+def refused_unread(folder: Path, max_numbers: int, says: str) -> None:
     config = open_config(folder)
-    open_checkpoint(config, max_weight_bytes=size)
-    with pytest.raises(AdapterTooLarge, match=str(size)):
-        open_checkpoint(config, max_weight_bytes=size - 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterTooLarge, match=says):
+            open_checkpoint(config, max_numbers)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, PICKLE])
+def test_weights_that_are_too_large_are_not_read(name, folder):
+    size, limit = 300 << 20, (1 << 18) * 8 + OVERHEAD_BYTES
+    (folder / SAFETENSORS).unlink()
+    (folder / name).touch()
+    os.truncate(folder / name, size)
+    refused_unread(folder, 1 << 18, f"{name} has {size} bytes, more than the limit of {limit}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_a_header_declares_are_counted(dtype, folder):
+    numbers = 3 << 20
+    save_file({"a": torch.ones(numbers - 5, dtype=dtype), "b": torch.ones(5)}, folder / SAFETENSORS)
+    refused_unread(folder, numbers - 1, f"holds {numbers} numbers, more than the {numbers - 1}")
+    assert open_checkpoint(open_config(folder), numbers).tensors["a"].dtype is dtype
 
 
 def test_a_sparse_file_of_a_terabyte(folder):

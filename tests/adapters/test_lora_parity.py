@@ -12,6 +12,7 @@ from deltamux.adapters.lower import lower
 from deltamux.adapters.primitives import LowRank, OutputBias
 
 from .peft_oracle import (
+    ROOM,
     edit_config,
     edit_tensors,
     inputs_for,
@@ -97,7 +98,7 @@ VARIANTS = {
 
 
 def assert_equals_peft(family, folder, bases, layouts):
-    adapter = lower(folder, layouts[family], torch.float32)
+    adapter = lower(folder, layouts[family], torch.float32, ROOM)
     expected = peft_deltas(reload(bases[family], folder), inputs_for)
     actual = our_deltas(adapter, inputs_for)
     assert actual.keys() == expected.keys()
@@ -142,7 +143,7 @@ def test_tricky_alpha_patterns(name, save_lora, bases, layouts):
 def test_a_pattern_that_is_null_is_none(save_lora, bases, layouts):
     folder = save_lora("llama", r=4, target_modules=["q_proj"])
     edit_config(folder, alpha_pattern=None, rank_pattern=None)
-    adapter = lower(folder, layouts["llama"], torch.float32)
+    adapter = lower(folder, layouts["llama"], torch.float32, ROOM)
     assert adapter.rank == 4
 
 
@@ -199,8 +200,8 @@ def as_pickle(folder: Path, wrap=lambda tensor: tensor) -> None:
 
 def test_the_scale_is_folded_in_before_the_one_cast(save_lora, layouts):
     folder = save_lora("llama", r=3, lora_alpha=5, lora_bias=True, target_modules=["q_proj"])
-    exact = lower(folder, layouts["llama"], torch.float32)
-    cast = lower(folder, layouts["llama"], torch.bfloat16)
+    exact = lower(folder, layouts["llama"], torch.float32, ROOM)
+    cast = lower(folder, layouts["llama"], torch.bfloat16, ROOM)
     for high, low in zip(exact.primitives, cast.primitives, strict=True):
         for wide, narrow in zip(high.tensors, low.tensors, strict=True):
             assert narrow.is_contiguous()
@@ -211,18 +212,19 @@ def test_the_scale_is_folded_in_before_the_one_cast(save_lora, layouts):
 
 def test_primitives_come_in_the_order_of_the_targets(save_lora, layouts):
     folder = save_lora("llama", r=4, target_modules=LLAMA_ALL)
-    indices = [p.target.index for p in lower(folder, layouts["llama"], torch.float32).primitives]
+    adapter = lower(folder, layouts["llama"], torch.float32, ROOM)
+    indices = [primitive.target.index for primitive in adapter.primitives]
     assert indices == sorted(indices)
 
 
 def test_the_digest_is_of_both_files(save_lora, layouts):
     digests = set()
     folder = save_lora("llama", r=4, target_modules=["q_proj"])
-    digests.add(lower(folder, layouts["llama"], torch.float32).digest)
+    digests.add(lower(folder, layouts["llama"], torch.float32, ROOM).digest)
     edit_config(folder, lora_alpha=9)
-    digests.add(lower(folder, layouts["llama"], torch.float32).digest)
+    digests.add(lower(folder, layouts["llama"], torch.float32, ROOM).digest)
     edit_tensors(folder, lambda tensors: next(iter(tensors.values())).add_(1))
-    digests.add(lower(folder, layouts["llama"], torch.float32).digest)
+    digests.add(lower(folder, layouts["llama"], torch.float32, ROOM).digest)
     assert len(digests) == 3
     assert all(len(digest) == 64 for digest in digests)
 
@@ -235,7 +237,7 @@ def test_describe_needs_no_base(save_lora, layouts):
         rank_pattern={"k_proj": 2},
         target_modules=["q_proj", "k_proj"],
     )
-    told, adapter = describe(folder), lower(folder, layouts["qwen2"], torch.bfloat16)
+    told, adapter = describe(folder), lower(folder, layouts["qwen2"], torch.bfloat16, ROOM)
     assert (told.kind, told.library, told.digest) == ("lora", "peft", adapter.digest)
     assert told.ranks == (2, 4)
     assert told.target_modules == ("k_proj", "q_proj")

@@ -6,18 +6,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deltamux.adapters.errors import (
     AdapterCorrupt,
     AdapterError,
     AdapterMismatch,
+    AdapterTooLarge,
     AdapterUnsupported,
 )
 from deltamux.adapters.inspect import describe
 from deltamux.adapters.kinds.lora import MAX_RANK, RULES
 from deltamux.adapters.lower import lower
 
-from .peft_oracle import edit_config, edit_tensors, quiet
+from .peft_oracle import ROOM, edit_config, edit_tensors, quiet
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -29,7 +31,7 @@ def folder(save_lora) -> Path:
 
 def refusal(folder: Path, layout=None) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
-        describe(folder) if layout is None else lower(folder, layout, torch.float32)
+        describe(folder) if layout is None else lower(folder, layout, torch.float32, ROOM)
     return caught.value
 
 
@@ -248,9 +250,23 @@ def test_an_absurd_rank(save_lora):
 
 def test_a_scale_that_overflows_the_dtype(folder, layouts):
     edit_config(folder, lora_alpha=1e8)
-    lower(folder, layouts["llama"], torch.float32)
+    lower(folder, layouts["llama"], torch.float32, ROOM)
     with pytest.raises(AdapterUnsupported, match=r"overflows in torch\.float16"):
-        lower(folder, layouts["llama"], torch.float16)
+        lower(folder, layouts["llama"], torch.float16, ROOM)
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_what_takes_more_than_there_is_room_for(stored, pickled, folder, layouts):
+    edit_tensors(folder, lambda t: t.update({name: t[name].to(stored) for name in t}))
+    if pickled:
+        path = folder / "adapter_model.safetensors"
+        torch.save(load_file(path), folder / "adapter_model.bin")
+        path.unlink()
+    fits = lower(folder, layouts["llama"], torch.bfloat16, ROOM).num_bytes
+    lower(folder, layouts["llama"], torch.bfloat16, fits)
+    with pytest.raises(AdapterTooLarge, match="there is room for"):
+        lower(folder, layouts["llama"], torch.bfloat16, fits - 2)
 
 
 def test_another_architecture(folder, layouts):

@@ -1,5 +1,6 @@
 """The compiled library: found again, rebuilt when anything changes, and on torch's own threads."""
 
+import errno
 import logging
 import subprocess
 import sys
@@ -94,10 +95,10 @@ def test_without_a_compiler_auto_warns_and_compiled_refuses(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert select_backend("auto", tmp_path).name == "reference"
+        assert select_backend("auto", torch.float32, tmp_path).name == "reference"
     assert "install g++" in caplog.text
     with pytest.raises(build.CompilerError, match="install g"):
-        select_backend("compiled", tmp_path)
+        select_backend("compiled", torch.float32, tmp_path)
 
 
 def test_a_compiler_that_is_not_there_is_named(
@@ -109,13 +110,52 @@ def test_a_compiler_that_is_not_there_is_named(
 
 
 def test_backends_by_name(compiled: Backend) -> None:
-    assert [select_backend(name).name for name in ("auto", "compiled", "reference")] == [
-        compiled.name,
-        "compiled",
-        "reference",
-    ]
+    names = ("auto", "compiled", "reference")
+    for dtype in (torch.float32, torch.bfloat16):
+        chosen = [select_backend(name, dtype).name for name in names]
+        assert chosen == [compiled.name, "compiled", "reference"]
     with pytest.raises(ValueError, match="auto, compiled or reference"):
-        select_backend("fast")
+        select_backend("fast", torch.float32)
+
+
+def test_a_dtype_without_compiled_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert select_backend("auto", torch.float16).name == "reference"
+    assert "no compiled kernels for torch.float16: serve in float32 or bfloat16" in caplog.text
+    with pytest.raises(ValueError, match=r"no compiled kernels for torch\.float16"):
+        select_backend("compiled", torch.float16)
+
+
+def test_a_cache_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", *FakeCompiler(tmp_path).compiler.command)
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    with pytest.raises(build.CompilerError, match=r"cannot keep.*file/cache.*XDG_CACHE_HOME"):
+        select_backend("compiled", torch.float32, folder)
+    assert select_backend("auto", torch.float32, folder).name == "reference"
+    assert "file/cache" in caplog.text
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fake = FakeCompiler(tmp_path)
+    monkeypatch.setattr(build.os, "replace", full)
+    with pytest.raises(build.CompilerError, match="No space left"):
+        build.build_library(fake.compiler, tmp_path / "cache")
+
+
+def test_a_library_that_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", *FakeCompiler(tmp_path).compiler.command)
+    with pytest.raises(build.CompilerError, match=r"cannot load.*remove .*kernels-\w+\.so"):
+        select_backend("compiled", torch.float32, tmp_path / "cache")
+    assert select_backend("auto", torch.float32, tmp_path / "cache").name == "reference"
+    assert "cannot load" in caplog.text
 
 
 THREADS_SCRIPT = """

@@ -72,7 +72,7 @@ def segments_of(groups: Sequence[tuple[int, int, int]]) -> Segments:
     start, end, slot = (
         torch.tensor(column, dtype=torch.int32) for column in zip(*groups, strict=True)
     )
-    return Segments(start, end, slot, int((end - start).max()))
+    return Segments(start, end, slot)
 
 
 def rows_of(site: Site, rows: int, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor]:

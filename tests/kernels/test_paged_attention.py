@@ -63,8 +63,6 @@ def make_step(
         context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
         block_tables=tables,
         slot_mapping=torch.cat(slots),
-        max_seqlen_q=max(q for q, _ in lens),
-        max_context_len=max(context for _, context in lens),
     )
     return Step(wide[:, :heads], *caches, batch, tuple(dense[0]), tuple(dense[1]))
 
@@ -113,8 +111,6 @@ def single(step: Step, sequence: int, first: int, last: int) -> Step:
         torch.tensor([context], dtype=torch.int32),
         batch.block_tables[sequence : sequence + 1],
         batch.slot_mapping[start + first : start + last],
-        last - first,
-        context,
     )
     return replace(step, query=step.query[start + first : start + last], batch=alone)
 

@@ -1,5 +1,6 @@
 """Random PEFT adapters on disk, and what transformers and PEFT themselves generate."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,23 @@ class Oracle:
         self, prompt: list[int], max_tokens: int, adapter: Path | None = None
     ) -> Generation:
         """Greedy tokens and their log-probabilities, this request alone, the end token ignored."""
+        with self._with(adapter) as model:
+            return self._generate(model, prompt, max_tokens)
+
+    def prompt_logprobs(self, prompt: list[int], adapter: Path | None = None) -> torch.Tensor:
+        """Log-probabilities (len(prompt) - 1,) of every prompt token but the first."""
+        with self._with(adapter) as model, torch.inference_mode():
+            rows = model(input_ids=torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
+            return rows.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+
+    @contextmanager
+    def _with(self, adapter: Path | None):
         if adapter is None:
-            return self._generate(self.model, prompt, max_tokens)
+            yield self.model
+            return
         wrapped = PeftModel.from_pretrained(self.model, adapter).eval()
         try:
-            return self._generate(wrapped, prompt, max_tokens)
+            yield wrapped
         finally:
             self.model = wrapped.unload()
 

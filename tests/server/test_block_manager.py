@@ -32,6 +32,24 @@ def compute(blocks, seq, end=None):
     return start
 
 
+def test_blocks_that_a_step_fills_can_be_shared_in_it():
+    blocks = BlockManager(8, 4)
+    first, second = sequence(range(10)), sequence(range(10))
+    blocks.allocate(first, [], 10)
+    coming = blocks.filled(first, 0, 7)
+    assert list(coming.values()) == first.block_table[:1]
+    assert blocks.find_cached(second, 9) == []
+    assert blocks.find_cached(second, 9, coming) == first.block_table[:1]
+    coming = blocks.filled(first, 0, 10)
+    cached = blocks.find_cached(second, 9, coming)
+    assert cached == first.block_table[:2]
+    blocks.allocate(second, cached, 10)
+    assert blocks.num_used == 4
+    blocks.check_integrity()
+    assert blocks.find_cached(sequence(range(10)), 9) == []  # nothing is computed yet
+    assert blocks.find_cached(sequence(range(10), b"other"), 9, coming) == []
+
+
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0), (-1, 1)])
 def test_refuses_an_empty_cache(num_blocks, block_size):
     with pytest.raises(ValueError, match="at least one block"):

@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 
+from deltamux.server.engine.errors import EngineMisconfigured
 from deltamux.server.engine.messages import (
     AdapterLoaded,
     AdapterRefused,
@@ -152,8 +154,6 @@ def test_a_repeated_prompt_is_taken_from_the_cache_of_its_own_adapter(
 
 
 def test_prompt_logprobs_are_those_of_transformers(tiny_model, harness):
-    import torch
-
     model = tiny_model("qwen2")
     oracle = Oracle(model)
     engine = harness(model, max_num_batched_tokens=32)
@@ -168,6 +168,24 @@ def test_prompt_logprobs_are_those_of_transformers(tiny_model, harness):
         assert [report.logprob for report in reports] == pytest.approx(wanted, abs=2e-4)
         top = rows[:-1].topk(2).indices.tolist()
         assert [[token for token, _ in report.top] for report in reports] == top
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_bfloat16_stays_close_to_the_library_in_bfloat16(family, mixture, harness):
+    mixed = mixture(family)
+    oracle = Oracle(mixed.model, torch.bfloat16)
+    engine = harness(mixed.model, dtype="bfloat16")
+    prompt = next(p for p in prompts(20) if len(p) == 70)
+    for adapter_id, path in enumerate(mixed.adapters):
+        engine.load(adapter_id, path)
+        engine.submit(
+            make_request(str(adapter_id), prompt, adapter_id=adapter_id, prompt_logprobs=0)
+        )
+    received = engine.run()
+    for adapter_id, path in enumerate(mixed.adapters):
+        got = [report.logprob for report in received[str(adapter_id)].prompt_logprobs]
+        errors = torch.tensor(got) - oracle.prompt_logprobs(prompt, path)
+        assert errors.abs().mean() < 0.05
 
 
 def test_a_seed_gives_the_same_tokens_whatever_the_neighbours(tiny_model, harness):
@@ -292,9 +310,9 @@ def test_unloading_what_the_engine_does_not_know_is_answered(tiny_model, harness
 def test_the_length_promised_is_the_length_that_fits(tiny_model, harness):
     engine = harness(tiny_model("llama"), memory_budget=60_000)
     assert engine.info.max_model_len == engine.info.num_blocks * engine.info.block_size < 256
-    with pytest.raises(ValueError, match="--memory-budget"):
+    with pytest.raises(EngineMisconfigured, match="--memory-budget"):
         harness(tiny_model("llama"), memory_budget=60_000, max_model_len=200)
-    with pytest.raises(ValueError, match="256 positions"):
+    with pytest.raises(EngineMisconfigured, match="256 positions"):
         harness(tiny_model("llama"), max_model_len=300)
 
 

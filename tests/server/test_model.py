@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["reference", "auto"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return select_backend(request.param)
+    return select_backend(request.param, torch.float32)
 
 
 def load(
@@ -142,7 +142,7 @@ def test_every_site_is_offered_to_the_adapters_once_in_order(
 
     nothing = torch.empty(0)
     table = LowRankTable(nothing, nothing, nothing, nothing, nothing)
-    deltas = AdapterBatch(table, Segments(nothing, nothing, nothing, 0), record)
+    deltas = AdapterBatch(table, Segments(nothing, nothing, nothing), record)
     PagedRun(decoder, [[1, 2, 3]], block_size=4).step([(0, 0, 3)], deltas)
     assert calls == [
         (site.targets[0].index, site.out_starts, site.in_features, site.out_features)

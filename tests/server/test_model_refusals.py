@@ -72,6 +72,15 @@ def test_unsupported_field_is_named(copy_of: Any, family: str, field: str, value
         load(folder)
 
 
+@pytest.mark.parametrize("model_type", ["granite", "mistral", "cohere"])
+def test_a_model_type_of_another_family_is_refused(copy_of: Any, model_type: str) -> None:
+    """Its fields would change the computation and are not among those that were judged."""
+    folder = copy_of("llama")
+    edit_config(folder, model_type=model_type, logits_scaling=8.0, embedding_multiplier=12.0)
+    with pytest.raises(ModelUnsupported, match=f"model_type='{model_type}'.*supported: 'llama'"):
+        load(folder)
+
+
 @pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope"])
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 def test_unsupported_rope_scaling_is_named(copy_of: Any, rope_type: str, field: str) -> None:
@@ -178,6 +187,15 @@ def test_a_missing_shard_is_named(copy_of: Any) -> None:
     folder = copy_of("llama", max_shard_size="50KB")
     next(folder.glob("model-00002-of-*")).unlink()
     with pytest.raises(ModelCorrupt, match="model-00002-of"):
+        load(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(copy_of: Any) -> None:
+    folder = copy_of("llama", max_shard_size="50KB")
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    doubled = sorted(load_file(first))[0]
+    save_file(load_file(last) | {doubled: load_file(first)[doubled]}, last)
+    with pytest.raises(ModelCorrupt, match=f"{last.name}: tensor {doubled} is in another file"):
         load(folder)
 
 

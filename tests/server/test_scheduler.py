@@ -20,6 +20,7 @@ from deltamux.server.scheduler.scheduler import Scheduler
 from deltamux.server.scheduler.sequence import Sequence
 
 END = 999
+VOCAB = 1000
 
 
 class CountedSlots:
@@ -28,8 +29,10 @@ class CountedSlots:
     def __init__(self, room):
         self.room = room
         self.held = Counter()
+        self.asked = Counter()
 
     def acquire(self, adapter_id):
+        self.asked[adapter_id] += 1
         if adapter_id not in self.held and len(self.held) >= self.room:
             return False
         self.held[adapter_id] += 1
@@ -48,23 +51,35 @@ class Bench:
         self.slots = CountedSlots(room)
         self.blocks = BlockManager(blocks, block_size)
         self.scheduler = Scheduler(
-            SchedulerLimits(seqs, budget, length, **limits), self.blocks, self.slots
+            SchedulerLimits(seqs, budget, length, VOCAB, **limits), self.blocks, self.slots
         )
         self.arrivals = 0
 
-    def add(self, name, prompt, *, adapter=None, priority=0, output=(), max_tokens=50, **sampling):
+    def add(
+        self,
+        name,
+        prompt,
+        *,
+        adapter=None,
+        priority=0,
+        output=(),
+        max_tokens=50,
+        salt=None,
+        end_token_ids=(END,),
+        **sampling,
+    ):
         request = GenerationRequest(
             request_id=name,
             prompt_token_ids=list(range(prompt)) if isinstance(prompt, int) else list(prompt),
             sampling=SamplingParams(
-                max_tokens=max_tokens, seed=0, end_token_ids=(END,), **sampling
+                max_tokens=max_tokens, seed=0, end_token_ids=tuple(end_token_ids), **sampling
             ),
             adapter_id=adapter,
             priority=priority,
             output_token_ids=list(output),
         )
         self.arrivals += 1
-        sequence = Sequence(request, f"{name}".encode(), self.arrivals)
+        sequence = Sequence(request, (salt or name).encode(), self.arrivals)
         self.scheduler.add(sequence)
         return sequence
 
@@ -100,10 +115,11 @@ def test_importing_the_scheduler_does_not_import_torch():
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ((0, 8, 8), "max_num_seqs must be at least 1, not 0"),
-        ((9, 8, 8), r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(9\)"),
-        ((8, 8, 1), "max_model_len must be at least 2"),
-        ((8, 8, 8, -1), "max_overtakes must not be negative"),
+        ((0, 8, 8, 9), "max_num_seqs must be at least 1, not 0"),
+        ((9, 8, 8, 9), r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(9\)"),
+        ((8, 8, 1, 9), "max_model_len must be at least 2"),
+        ((8, 8, 8, 0), "vocab_size must be at least 1, not 0"),
+        ((8, 8, 8, 9, -1), "max_overtakes must not be negative"),
     ],
 )
 def test_limits_that_would_starve_are_refused(bounds, message):
@@ -234,6 +250,27 @@ def test_what_cannot_run_is_refused_by_name():
         bench.add("b", 0)
     with pytest.raises(SequenceRefused, match="2 tokens are there and max_tokens is 2"):
         bench.add("b", 3, output=[1, 2], max_tokens=2)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 2**40])
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("prompt", "prompt or output"),
+        ("output", "prompt or output"),
+        ("logit_bias", "logit_bias"),
+        ("stop_token_ids", "stop_token_ids"),
+        ("end_token_ids", "end_token_ids"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_refused(where, says, wrong):
+    bench = Bench()
+    asked = {"prompt": [0, VOCAB - 1], "logit_bias": {0: 1.0, VOCAB - 1: 1.0}}
+    bench.add("good", stop_token_ids=(0, VOCAB - 1), **asked)
+    bad = {"prompt": [1], where: {5: 1.0, wrong: 1.0} if where == "logit_bias" else [5, wrong]}
+    with pytest.raises(SequenceRefused, match=f"{says}: there is no token {wrong}.*0 to 999"):
+        bench.add("bad", **bad)
+    assert bench.scheduler.num_waiting == 1
 
 
 def test_a_resumed_request_continues_its_output():
@@ -416,6 +453,66 @@ def test_an_adapter_that_never_fits_ends_its_sequence_with_an_error():
     assert updates["a"].finish_reason is FinishReason.ERROR
     assert "no room on the device" in updates["a"].error
     assert not bench.scheduler.abort("a")
+
+
+def test_a_refused_adapter_is_asked_for_again_only_after_a_release():
+    bench = Bench(room=1)
+    bench.add("holder", 2, adapter=1, max_tokens=10)
+    bench.step()
+    for name in "abc":
+        bench.add(name, 2, adapter=2, max_tokens=1)
+    for _ in range(5):
+        bench.step()
+    assert bench.slots.asked[2] == 1
+    bench.add("short", 2, adapter=1, max_tokens=1)
+    assert set(bench.step()[0]) == {"holder", "short"}
+    bench.step()
+    assert bench.slots.asked[2] == 2
+    bench.scheduler.abort("holder")
+    assert set(bench.step()[0]) == {"a", "b", "c"}
+
+
+def test_choices_of_one_prompt_share_its_prefill():
+    bench = Bench()
+    choices = [bench.add(f"choice {i}", 10, salt="s", adapter=1) for i in range(3)]
+    bench.add("other adapter", 10, salt="t")
+    ran, _ = bench.step()
+    assert ran == {
+        "choice 0": (0, 10),
+        "choice 1": (8, 10),
+        "choice 2": (8, 10),
+        "other adapter": (0, 10),
+    }
+    assert len({tuple(choice.block_table[:2]) for choice in choices}) == 1
+    assert len({choice.block_table[2] for choice in choices}) == 3
+    assert [choice.num_cached_tokens for choice in choices] == [0, 8, 8]
+    bench.finish()
+    assert bench.blocks.num_used == 0
+
+
+def test_only_what_the_step_computes_is_shared():
+    bench = Bench(seqs=4, budget=10)
+    bench.add("a", range(16), salt="s")
+    assert bench.step()[0] == {"a": (0, 10)}
+    bench.add("b", range(16), salt="s", max_tokens=1)
+    # two blocks were computed before, the two others are in this step
+    assert bench.step()[0] == {"a": (10, 16), "b": (12, 16)}
+    bench.add("c", range(30, 46), salt="s")
+    bench.add("d", range(30, 46), salt="s")
+    assert bench.step()[0] == {"a": (16, 17), "c": (0, 9)}
+    assert bench.step()[0] == {"a": (17, 18), "c": (9, 16), "d": (12, 14)}
+
+
+def test_a_shared_prefill_that_fails_leaves_nothing_findable():
+    bench = Bench()
+    bad = bench.add("bad", 10, salt="s")
+    good = bench.add("good", 10, salt="s")
+    plan = bench.scheduler.schedule()
+    bench.scheduler.commit(plan, [SequenceResult(None, error="not finite"), SequenceResult(5)])
+    bench.scheduler.check_integrity()
+    assert bench.blocks.find_cached(bad, 10) == []
+    assert bench.step()[0] == {"good": (10, 11)}
+    assert len(good.block_table) == 3
 
 
 def test_cached_prefixes_are_reported_and_counted():

@@ -1,9 +1,11 @@
 """Random traffic against a runner with a simulated KV cache.
 
 The simulated cache says of every slot which salt and which tokens its contents depend on. Before a
-step every scheduled sequence must find exactly its own past in the slots of its block table, so a
-wrongly shared, lost, stale or overwritten block is seen where it happens. The next token is a
-function of all that, so the final text also shows whether every recomputation was right.
+step every scheduled sequence must find exactly its own past in the slots of its block table, save
+what the rows of another sequence write in this very step; and after all rows have written, as a
+layer does before its attention reads, it must find that too. So a wrongly shared, lost, stale or
+overwritten block is seen where it happens. The next token is a function of all that, so the final
+text also shows whether every recomputation was right.
 """
 
 import zlib
@@ -97,16 +99,23 @@ class SimulatedRunner:
         self.block_size = block_size
         self.arrivals = arrivals
         self.slots = {}
+        self.shared_in_step = False
 
     def slot(self, sequence, position):
         block = sequence.block_table[position // self.block_size]
         return block, position % self.block_size
 
     def run(self, plan):
+        written = Counter(
+            self.slot(item.sequence, position)
+            for item in plan.scheduled
+            for position in range(item.start, item.end)
+        )
+        assert all(count == 1 for count in written.values())
         for item in plan.scheduled:
             assert 0 <= item.start < item.end <= len(item.sequence.token_ids)
             assert item.samples == (item.end == len(item.sequence.token_ids))
-            self.check_past(item.sequence, item.start)
+            self.check_past(item.sequence, item.start, coming=written)
         # New blocks hold anything: what someone else still needed there is gone now.
         for item in plan.scheduled:
             covered = len(item.sequence.block_table) * self.block_size
@@ -121,8 +130,11 @@ class SimulatedRunner:
             self.check_past(item.sequence, item.end)
         return [self.result(item) for item in plan.scheduled]
 
-    def check_past(self, sequence, end):
+    def check_past(self, sequence, end, coming=()):
         for position in range(end):
+            if self.slot(sequence, position) in coming:
+                self.shared_in_step = True
+                continue
             held = self.slots[self.slot(sequence, position)]
             assert held == (sequence.salt, tuple(sequence.token_ids[: position + 1]))
 
@@ -182,6 +194,7 @@ def random_trace(seed):
     seqs = random.randint(1, 7)
     limits = SchedulerLimits(
         seqs,
+        vocab_size=VOCAB,
         max_num_batched_tokens=random.choice([seqs, random.randint(seqs, 24), 64]),
         max_model_len=random.choice([2, 16, 30, 48]),
         max_overtakes=random.randint(0, 4),
@@ -318,9 +331,10 @@ def test_the_traffic_reaches_every_part():
         trace.check_ends()
         seen["preempted"] += trace.scheduler.num_preemptions > 0
         seen["prefix hit"] += trace.blocks.prefix_hits > 0
+        seen["shared in the step"] += trace.runner.shared_in_step
         seen["overtaken"] += trace.overtaken
         seen["barred"] += trace.barred
         seen.update(set(trace.ended.values()))
     ends = [None, *FinishReason]
-    kinds = ["preempted", "prefix hit", "overtaken", "barred", *ends]
+    kinds = ["preempted", "prefix hit", "shared in the step", "overtaken", "barred", *ends]
     assert all(seen[kind] >= 5 for kind in kinds), seen
