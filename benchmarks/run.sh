@@ -7,9 +7,10 @@ bin=$(cd "${1:-.venv/bin}" && pwd)
 shift || true
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 port=${PORT:-8011}
+targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 url=http://127.0.0.1:$port
 
-"$bin/python" benchmarks/make_adapters.py --count 16 --rank 8 --out build/bench-adapters
+"$bin/python" benchmarks/make_adapters.py --count 16 --rank 16 --targets "$targets" --out build/bench-adapters
 "$bin/deltamux" serve smollm2 --dtype bfloat16 --port "$port" --adapter-dir build/bench-adapters &
 server=$!
 trap 'kill "$server"; wait "$server" || true' EXIT
