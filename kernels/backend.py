@@ -9,6 +9,9 @@ import torch
 
 from .build import CompilerError, build_library, find_compiler
 from .cpu.library import DTYPES
+from .linear import packed as packed_linear
+from .linear import reference as linear_reference
+from .linear.op import PrepareLinear
 from .low_rank import reference as low_rank_reference
 from .low_rank.compiled import CompiledLowRank
 from .low_rank.op import AddLowRank
@@ -37,6 +40,7 @@ class Backend:
     """
 
     name: str
+    prepare_linear: PrepareLinear
     add_low_rank: AddLowRank
     write_kv: WriteKV
     paged_attention: PagedAttention
@@ -50,6 +54,7 @@ def reference_backend() -> Backend:
     """Plain torch: the oracle, and the fallback where there is no C++ compiler."""
     return Backend(
         name="reference",
+        prepare_linear=linear_reference.prepare_linear,
         add_low_rank=low_rank_reference.add_low_rank,
         write_kv=attention_reference.write_kv,
         paged_attention=attention_reference.paged_attention,
@@ -76,6 +81,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
     attention, norm = CompiledAttention(library), CompiledRMSNorm(library)
     return Backend(
         name="compiled",
+        prepare_linear=packed_linear.prepare_linear,
         add_low_rank=CompiledLowRank(library).add_low_rank,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention,

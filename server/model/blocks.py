@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ...adapters.batch import AdapterBatch
 from ...kernels.backend import Backend
+from ...kernels.linear.op import LinearOp
 from ...kernels.low_rank.op import SiteTargets
 
 
@@ -16,18 +17,16 @@ class Linear:
     """One GEMM and the adapters' corrections to it: y = x Wᵀ + b, then += each row's own delta.
 
     Attributes:
-        weight: (out, in), the targets' weights one below the other.
-        bias: (out,), or None.
+        base: x Wᵀ + b, the targets' weights one below the other; see ``kernels/linear/op.py``.
         targets: Which adaptable modules lie where in y.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    base: LinearOp
     targets: SiteTargets
 
     def forward(self, x: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """x (rows, in) -> y (rows, out)."""
-        y = functional.linear(x, self.weight, self.bias)
+        y = self.base(x)
         if deltas is not None:
             deltas.add(y, x, self.targets)
         return y

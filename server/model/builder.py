@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.layout import BaseLayout, LinearSite, LinearTarget
+from ...kernels.linear.op import PrepareLinear
 from ...kernels.low_rank.op import SiteTargets
 from .blocks import Linear
 from .checkpoint import Checkpoint
@@ -20,11 +21,18 @@ from .errors import ModelCorrupt
 class ModelBuilder:
     """Reads blocks in the order of execution; every ``Linear`` becomes a site of the layout."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        """Weights end up as ``dtype`` on ``device``."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        prepare_linear: PrepareLinear,
+    ) -> None:
+        """Weights become ``dtype`` on ``device``, those of GEMMs as ``prepare_linear`` keeps them."""
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._prepare_linear = prepare_linear
         self._sites: list[LinearSite] = []
         self._num_targets = 0
 
@@ -48,17 +56,19 @@ class ModelBuilder:
         sizes, total = list(outs.values()), sum(outs.values())
         weights, biases = ([f"{path}.{kind}" for path in outs] for kind in ("weight", "bias"))
         return Linear(
-            self._stack(weights, [(size, in_features) for size in sizes], (total, in_features)),
-            self._stack(biases, [(size,) for size in sizes], (total,)) if bias else None,
+            self._prepare_linear(
+                self._stack(weights, [(size, in_features) for size in sizes], (total, in_features)),
+                self._stack(biases, [(size,) for size in sizes], (total,)) if bias else None,
+            ),
             self._add_site(in_features, outs),
         )
 
     def conv1d(self, path: str, in_features: int, out_features: int) -> Linear:
-        """GPT-2's ``Conv1D``: y = x W + b with W stored (in, out); kept here as (out, in)."""
+        """GPT-2's ``Conv1D``: y = x W + b with W stored (in, out)."""
         stored = self.tensor(f"{path}.weight", in_features, out_features)
+        bias = self.tensor(f"{path}.bias", out_features)
         return Linear(
-            stored.t().contiguous(),
-            self.tensor(f"{path}.bias", out_features),
+            self._prepare_linear(stored.t().contiguous(), bias),
             self._add_site(in_features, {path: out_features}),
         )
 
@@ -73,7 +83,9 @@ class ModelBuilder:
             return self.linear(config.hidden_size, outs, bias=False)
         if "lm_head.weight" in self._checkpoint:
             self._check_tied(embedding)
-        return Linear(embedding, None, self._add_site(config.hidden_size, outs))
+        return Linear(
+            self._prepare_linear(embedding, None), self._add_site(config.hidden_size, outs)
+        )
 
     def finish(self, config: ModelConfig) -> BaseLayout:
         """The layout of everything built.

@@ -27,4 +27,5 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, backend: 
     """
     family, config = read_config(folder)
     checkpoint = Checkpoint(folder, family.base_prefix)
-    return family.assemble(config, ModelBuilder(checkpoint, dtype, device), backend)
+    builder = ModelBuilder(checkpoint, dtype, device, backend.prepare_linear)
+    return family.assemble(config, builder, backend)

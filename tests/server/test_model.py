@@ -180,7 +180,8 @@ def test_kv_bytes_per_token_is_what_the_cache_takes(tiny_model: TinyModel) -> No
 
 def test_a_tied_head_shares_the_embedding(tiny_model: TinyModel) -> None:
     decoder = load(tiny_model("qwen2"))
-    assert decoder.head.weight.data_ptr() == decoder.embedding.tokens.data_ptr()
+    decoder.embedding.tokens.zero_()
+    assert not decoder.logits(torch.ones(3, 64), None).any()
 
 
 def test_the_loaded_model_does_not_depend_on_its_files(
@@ -188,8 +189,8 @@ def test_the_loaded_model_does_not_depend_on_its_files(
 ) -> None:
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     decoder = load(folder)
-    before = decoder.head.weight.clone()
+    before = decoder.logits(torch.ones(3, 64), None)
     weights = folder / "model.safetensors"
     with weights.open("r+b") as file:
         file.write(b"\0" * weights.stat().st_size)
-    assert torch.equal(decoder.head.weight, before)
+    assert torch.equal(decoder.logits(torch.ones(3, 64), None), before)
