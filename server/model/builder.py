@@ -28,7 +28,7 @@ class ModelBuilder:
         device: torch.device,
         prepare_linear: PrepareLinear,
     ) -> None:
-        """Weights become ``dtype`` on ``device``, those of GEMMs as ``prepare_linear`` keeps them."""
+        """Weights become ``dtype`` on ``device``; ``prepare_linear`` keeps those of GEMMs."""
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
