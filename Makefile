@@ -1,8 +1,8 @@
 # Everything happens in .venv, which is made on first use and refreshed when pyproject.toml changes.
 #
-# TORCH chooses the build of PyTorch. The default suits the demo on a CPU; on a machine with an NVIDIA
-# GPU, name the build that matches its driver, once, before anything is installed:
-#     make serve TORCH=torch==2.13.0+cu130 PIP_EXTRA_INDEX_URL=<an index that has it>
+# TORCH chooses the build of PyTorch. This release computes on the CPU; where the package index answers the
+# default with a build that carries CUDA, name one that does not and an index that has it:
+#     make serve TORCH=torch==2.13.0+cpu PIP_EXTRA_INDEX_URL=<that index>
 # Run `make clean` before changing it later.
 
 PYTHON ?= python3

@@ -1,5 +1,6 @@
 """The ``deltamux`` command. Errors of use exit 2 with one line that says what to do."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,16 @@ class _Bytes(click.ParamType[int, object]):
     ) -> int:
         """Parse the text; a number is taken as it is."""
         try:
-            return value if isinstance(value, int) else parse_bytes(str(value))
+            return parse_bytes(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
 class _NamedAdapter(click.ParamType[tuple[str, Path], object]):
-    """NAME=PATH."""
+    """NAME=PATH; in the environment several, separated like a PATH."""
 
     name = "name=path"
+    envvar_list_splitter = os.pathsep
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -47,7 +49,7 @@ class _NamedAdapter(click.ParamType[tuple[str, Path], object]):
 
 def _option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """An option with its ``DELTAMUX_`` environment twin."""
-    name = flag.split("/")[0].removeprefix("--").removeprefix("no-")
+    name = flag.removeprefix("--")
     return click.option(
         flag,
         envvar=f"DELTAMUX_{name.replace('-', '_').upper()}",
@@ -63,18 +65,32 @@ def _read_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
         return None
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise click.UsageError(f"config file {path}: {error}") from error
     if not isinstance(values, dict):
         raise click.UsageError(f"config file {path}: must be a mapping of option names to values")
-    known = {param.name for param in ctx.command.params if param.name != "config"}
+    params = {str(param.name): param for param in ctx.command.params if param.name != "config"}
     named = {str(key).replace("-", "_"): value for key, value in values.items()}
-    if unknown := sorted(set(named) - known):
+    if unknown := sorted(set(named) - set(params)):
         raise click.UsageError(
-            f"config file {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            f"config file {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(params))}"
         )
-    ctx.default_map = named
+    ctx.default_map = {
+        name: _config_value(f"config file {path}: {name}", value, params[name])
+        for name, value in named.items()
+    }
     return path
+
+
+def _config_value(where: str, value: object, param: click.Parameter) -> object:
+    """A key's value as its option takes it; a repeatable one may be a list or a mapping."""
+    if isinstance(param, click.Option) and param.multiple:
+        if isinstance(value, dict):
+            return [f"{name}={item}" for name, item in value.items()]
+        return value if isinstance(value, list) else [value]
+    if isinstance(value, list | dict):
+        raise click.UsageError(f"{where}: takes one value, not {value!r}")
+    return value
 
 
 def _refuse(*later: str) -> Callable[[click.Context, click.Parameter, str], str]:
@@ -118,7 +134,8 @@ def cli() -> None:
     type=_NamedAdapter(),
     multiple=True,
     metavar="NAME=PATH",
-    help="Serve an adapter folder; a refused one stops the start. Repeatable.",
+    help="Serve an adapter folder; a refused one stops the start. Repeatable; in the environment "
+    "several are separated by colons.",
 )
 @_option(
     "--adapter-dir",
@@ -207,9 +224,9 @@ def cli() -> None:
     help="Host memory for adapters that are not on the device.",
 )
 @_option(
-    "--prefix-caching/--no-prefix-caching",
-    default=True,
-    help="Share the computed blocks of common prefixes.",
+    "--no-prefix-caching",
+    is_flag=True,
+    help="Do not share the computed blocks of common prefixes.",
 )
 @_option(
     "--kernels",
@@ -234,6 +251,7 @@ def serve(
     tenants: Path | None,
     device: str,
     quantization: str,
+    no_prefix_caching: bool,
     **options: Any,
 ) -> None:
     """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
@@ -247,6 +265,7 @@ def serve(
         served_model_name=served_model_name or model,
         adapters=adapter,
         adapter_dirs=adapter_dir,
+        prefix_caching=not no_prefix_caching,
         **options,
     )
     # Here and not above, so that --help does not wait for transformers.

@@ -1,4 +1,4 @@
-"""Prometheus series under vLLM's names, so that its dashboards and routers work unchanged.
+"""Prometheus series, under vLLM's names where vLLM has them.
 
 Counters and histograms are fed by the API, one ``SequenceRecord`` per sequence, and by the engine's
 client, once per step. Gauges are read from the engine's last stats when they are scraped.

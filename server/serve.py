@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
@@ -12,7 +13,7 @@ import uvicorn
 
 from ..adapters.errors import AdapterError
 from .api.app import create_app
-from .api.registry import AdapterRegistry, RegistryError
+from .api.registry import AdapterRegistry, AlreadyLoaded, RegistryError
 from .api.state import AppState
 from .config import ServeConfig
 from .engine.client import EngineClient, EngineListener
@@ -24,6 +25,8 @@ from .model.source import resolve_model
 from .text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _SHUTDOWN_SECONDS = 5
 """How long open streams may go on after the signal to stop."""
@@ -44,7 +47,9 @@ def run(config: ServeConfig) -> None:
     # the engine is.
     signal.signal(signal.SIGTERM, _exit)
     try:
-        asyncio.run(_serve(config))
+        listener = _bind(config.host, config.port)
+        folder = resolve_model(config.model, config.state_dir)
+        asyncio.run(_serve(config, folder, listener))
     except (ModelError, TokenizerError, EngineError, OSError) as error:
         raise ServeError(str(error)) from error
 
@@ -53,9 +58,7 @@ def _exit(*_: object) -> None:
     raise SystemExit(0)
 
 
-async def _serve(config: ServeConfig) -> None:
-    folder = resolve_model(config.model, config.state_dir)
-    listener = _listen(config.host, config.port)
+async def _serve(config: ServeConfig, folder: Path, listener: socket.socket) -> None:
     metrics = Metrics(config.served_model_name)
     engine = EngineClient(_engine_config(config, folder), config.max_waiting)
     registry = AdapterRegistry(config.served_model_name, engine)
@@ -86,7 +89,7 @@ async def _start_up(
     await engine.ready()
     await _register_adapters(config, state.registry)
     state.started.set()
-    _say_ready(config, listener, state.registry)
+    _say_ready(config, listener, state)
 
 
 def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> None:
@@ -119,15 +122,20 @@ def _engine_config(config: ServeConfig, folder: Path) -> EngineConfig:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is known before minutes of loading."""
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is known before minutes of loading."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
         raise ServeError(
-            f"cannot listen on {host}:{port}: {error}; choose another --port"
+            f"cannot listen on {host}:{port}: {error}; choose another --host or --port"
         ) from error
+    return listener
 
 
 async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> None:
@@ -138,32 +146,38 @@ async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> 
         except (AdapterError, RegistryError) as error:
             raise ServeError(f"--adapter {name}={path}: {error}") from error
     for folder in config.adapter_dirs:
-        for path in sorted(
-            config_file.parent for config_file in folder.glob("*/adapter_config.json")
-        ):
-            await _register(path.resolve(), registry)
+        for path in sorted(path for path in folder.iterdir() if _is_adapter_folder(path)):
+            await _register(path, registry)
+
+
+def _is_adapter_folder(path: Path) -> bool:
+    return any((path / name).exists() for name in _ADAPTER_FILES)
 
 
 async def _register(path: Path, registry: AdapterRegistry) -> None:
     try:
-        entry = await registry.register(path.name, str(path))
-    except RegistryError as error:
+        entry = await registry.register(path.name, str(path.resolve()))
+    except AlreadyLoaded as error:
         logger.warning("the adapter at %s is not served: %s", path, error)
     else:
         if entry.error is not None:
             logger.warning("adapter %s is not served: %s", entry.name, entry.error)
 
 
-def _say_ready(config: ServeConfig, listener: socket.socket, registry: AdapterRegistry) -> None:
+def _say_ready(config: ServeConfig, listener: socket.socket, state: AppState) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    served = [entry.name for entry in registry.entries() if entry.error is None]
-    model = served[0] if served else config.served_model_name
+    served = [entry.name for entry in state.registry.entries() if entry.error is None]
+    route = "completions"
+    question: dict[str, object] = {"prompt": "To make tea, "}
+    if state.tokenizer.has_chat_template:
+        route = "chat/completions"
+        question = {"messages": [{"role": "user", "content": "How do I make tea?"}]}
+    body = {"model": [*served, state.model_name][0], "stream": True, "max_tokens": 60, **question}
     print(  # noqa: T201  # the one line a person at the terminal, or a script, waits for
         f"deltamux serves {config.served_model_name} with {len(served)} adapters "
         f"({', '.join(served) or 'none'}); ready on {url}\n\n"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-        f'\'{{"model": "{model}", "stream": true, "max_tokens": 60, '
-        f'"messages": [{{"role": "user", "content": "How do I make tea?"}}]}}\'\n',
+        f"  curl -N {url}/v1/{route} -H 'Content-Type: application/json' -d "
+        f"'{json.dumps(body)}'\n",
         flush=True,
     )

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 
 from ...adapters.errors import AdapterError, AdapterNotFound
 from ..engine.errors import EngineError, QueueFull
-from .registry import RegistryError, UnknownAdapter, UnknownModel
+from .registry import RegistryError, StillLoading, UnknownAdapter, UnknownModel
 
 _MAX_MESSAGE = 1000
 _MAX_PARAM = 100
@@ -154,6 +154,8 @@ def from_registry(error: RegistryError) -> ApiError:
     """The answer for a name that cannot be used as asked."""
     if isinstance(error, UnknownModel):
         return NotFound(str(error), "model")
+    if isinstance(error, StillLoading):
+        return ServiceUnavailable(str(error), "model", headers={"Retry-After": "1"})
     return (
         NotFound(str(error)) if isinstance(error, UnknownAdapter) else InvalidUserInput(str(error))
     )

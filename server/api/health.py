@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from ..engine.errors import EngineUnavailable
+from .errors import NotServed
 from .state import State
 
 router = APIRouter()
@@ -30,6 +31,12 @@ async def ready(state: State) -> dict[str, str]:
 async def show_version() -> dict[str, str]:
     """The installed version."""
     return {"version": version("deltamux")}
+
+
+@router.get("/v1/usage")
+async def usage() -> None:
+    """Refused: usage is counted per tenant, and there are none yet."""
+    raise NotServed("Usage is counted per tenant, and tenants are not served yet.")
 
 
 @router.get("/metrics")

@@ -37,13 +37,13 @@ _INT64_MAX = 2**63 - 1
 
 _ANYTHING = object()
 # Accepted and without effect: they describe the caller, not the answer.
-_INERT: dict[str, object] = dict.fromkeys(
-    ("user", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier"), _ANYTHING
-)
+_INERT: dict[str, object] = dict.fromkeys(("user", "metadata", "safety_identifier"), _ANYTHING)
 # Fields of a later release or of no release, with the values that ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     "adapters": ([],),
     "store": (False,),
+    "service_tier": ("auto", "default"),
+    "parallel_tool_calls": (True, False),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),

@@ -49,6 +49,10 @@ class UnknownAdapter(RegistryError):
     """No adapter of that name."""
 
 
+class StillLoading(RegistryError):
+    """The adapter of that name is being loaded."""
+
+
 class UnknownModel(RegistryError):
     """No base, adapter or version of that name is being served."""
 
@@ -115,10 +119,10 @@ class AdapterRegistry:
             return entry
 
     async def register(self, name: str, path: str) -> AdapterEntry:
-        """Like ``load``, but a refused adapter is listed as failed with its reason."""
+        """Like ``load``, but a refused name or adapter is listed as failed with its reason."""
         try:
             return await self.load(name, path)
-        except AdapterError as error:
+        except (AdapterError, NameRefused) as error:
             failed = AdapterEntry(
                 name, path, next(self._ids), AdapterState.FAILED, error=str(error)
             )
@@ -173,14 +177,19 @@ class AdapterRegistry:
         of the adapter's digest.
 
         Raises:
-            UnknownModel: Nothing ready has that name and version.
+            UnknownModel: Nothing has that name and version, or it was refused.
+            StillLoading: It will be there soon.
         """
         if model == self.base_name:
             return None
         name, at, version = model.removeprefix(f"{self.base_name}:").partition("@")
         entry = self._entries.get(name)
-        if entry is None or entry.info is None:
+        if entry is None:
             raise UnknownModel(f"The model {model!r} does not exist.")
+        if entry.state is AdapterState.LOADING:
+            raise StillLoading(f"The adapter {name!r} is being loaded; try again shortly.")
+        if entry.info is None:
+            raise UnknownModel(f"The adapter {name!r} is not served: {entry.error}")
         digest = entry.info.digest.removeprefix("sha256:")
         if at and not (version and digest.startswith(version)):
             raise UnknownModel(

@@ -1,5 +1,6 @@
 """Who may send what: bodies that say they are JSON, bounded in size; management from here alone."""
 
+import re
 from ipaddress import ip_address
 
 from fastapi import Depends, Request
@@ -7,6 +8,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import BodyTooLarge, ManagementForbidden, UnsupportedMedia
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::[0-9]{1,5})?")
 
 
 def _require_json(request: Request) -> None:
@@ -18,10 +21,19 @@ def _require_json(request: Request) -> None:
 
 def _require_loopback(request: Request) -> None:
     # The host name is checked too: a page whose name is re-bound to 127.0.0.1 reaches this port
-    # under its own name, and so does a proxy on this machine.
-    hosts = [request.client.host if request.client else "", request.url.hostname or ""]
-    if not all(map(_is_loopback, hosts)):
+    # under its own name. A proxy on this machine shows itself by what it forwards for.
+    proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for"))
+    hosts = [request.client.host if request.client else "", _named_host(request)]
+    if proxied or not all(map(_is_loopback, hosts)):
         raise ManagementForbidden("Adapters are managed from this machine only (127.0.0.1).")
+
+
+def _named_host(request: Request) -> str:
+    """The host of the one Host header, without its port; empty where there is no such."""
+    match request.headers.getlist("host"):
+        case [named] if host := _HOST.fullmatch(named):
+            return host[1] or host[2]
+    return ""
 
 
 def _is_loopback(host: str) -> bool:

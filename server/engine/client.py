@@ -7,20 +7,18 @@ sequence is drawn from (seed, i) alone, that is all another engine would need to
 import asyncio
 import logging
 import multiprocessing
-import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
-import msgspec
 import zmq
-import zmq.asyncio
 
 from ...adapters import errors as adapter_errors
 from ...adapters.errors import AdapterError
 from ..generation import GenerationRequest, SequenceUpdate
 from .config import EngineConfig
+from .connection import Connection, open_connection
 from .errors import EngineDied, EngineStartFailed, EngineUnavailable, QueueFull
 from .messages import (
     Abort,
@@ -96,7 +94,7 @@ class EngineClient:
         self._registered: dict[int, _Registered] = {}
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._unloads: dict[int, asyncio.Future[None]] = {}
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._process: BaseProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._failure: str | None = None
@@ -232,7 +230,7 @@ class EngineClient:
     async def _run_one_engine(self) -> bool:
         """Start an engine and follow it until it ends; whether it was ready in between."""
         self._failure = None
-        with _open_connection() as connection:
+        with open_connection() as connection:
             async with _running(self._config, connection) as process:
                 self._connection, self._process = connection, process
                 try:
@@ -243,7 +241,7 @@ class EngineClient:
                     self._fail_everything(self._failure or _NO_REASON)
         return was_ready
 
-    async def _follow(self, connection: "_Connection", process: BaseProcess) -> None:
+    async def _follow(self, connection: Connection, process: BaseProcess) -> None:
         """Take in events until the engine ends, or until taking one in fails: no engine then."""
         pump = asyncio.create_task(self._pump(connection), name="engine-events")
         ended = asyncio.create_task(_wait_for_end(process), name="engine-end")
@@ -260,7 +258,7 @@ class EngineClient:
         async for event in connection.remaining():
             self._dispatch(event)
 
-    async def _pump(self, connection: "_Connection") -> None:
+    async def _pump(self, connection: Connection) -> None:
         while True:
             self._dispatch(await connection.receive())
 
@@ -328,58 +326,8 @@ class EngineClient:
                 unload.set_result(None)
 
 
-class _Connection:
-    """The sockets to one engine process; a new process gets new ones, so nothing stale arrives."""
-
-    def __init__(
-        self, commands: "zmq.Socket[bytes]", events: zmq.asyncio.Socket, folder: str
-    ) -> None:
-        self.command_url = f"ipc://{folder}/commands"
-        self.event_url = f"ipc://{folder}/events"
-        self._commands = commands
-        self._events = events
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Event)
-        for socket, url in ((commands, self.command_url), (events, self.event_url)):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.set_hwm(0)
-            socket.bind(url)
-
-    def try_send(self, command: Command) -> bool:
-        """Send a command; False where no engine is there to take it."""
-        try:
-            self._commands.send(self._encoder.encode(command), zmq.DONTWAIT)
-        except zmq.Again:
-            return False
-        return True
-
-    async def receive(self) -> Event:
-        """The next event."""
-        event: Event = self._decoder.decode(await self._events.recv())
-        return event
-
-    async def remaining(self) -> AsyncGenerator[Event, None]:
-        """What an ended engine has still said."""
-        while await self._events.poll(50):
-            yield await self.receive()
-
-
-@contextmanager
-def _open_connection() -> Iterator[_Connection]:
-    # Closing the sockets comes first, whatever happens: a context waits for those still open.
-    with (
-        tempfile.TemporaryDirectory(prefix="deltamux-") as folder,
-        # A plain socket for commands: one is sent at once or not at all, and never awaited.
-        zmq.Context() as plain,
-        plain.socket(zmq.PUSH) as commands,
-        zmq.asyncio.Context() as awaited,
-        awaited.socket(zmq.PULL) as events,
-    ):
-        yield _Connection(commands, events, folder)
-
-
 @asynccontextmanager
-async def _running(config: EngineConfig, connection: _Connection) -> AsyncIterator[BaseProcess]:
+async def _running(config: EngineConfig, connection: Connection) -> AsyncIterator[BaseProcess]:
     """An engine process that is gone when the block is left."""
     process = multiprocessing.get_context("spawn").Process(
         target=run_engine,

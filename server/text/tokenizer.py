@@ -74,6 +74,11 @@ class Tokenizer:
             raise TokenizerError(f"No tokenizer can be read from {folder}: {error}") from error
         return cls(tokenizer, _generation_end_tokens(Path(folder)))
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base knows conversations."""
+        return bool(self._tokenizer.chat_template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the model's own first tokens unless told otherwise."""
         [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
@@ -113,7 +118,7 @@ class Tokenizer:
             ChatTemplateError: No template, a conversation the template refuses, or an argument
                 that is not the template's.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             raise ChatTemplateError(
                 "The base model has no chat template; use /v1/completions with a prompt."
             )

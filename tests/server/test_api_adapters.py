@@ -13,6 +13,7 @@ from deltamux.server.api.registry import (
     AdapterState,
     AlreadyLoaded,
     NameRefused,
+    StillLoading,
     UnknownAdapter,
     UnknownModel,
 )
@@ -191,7 +192,16 @@ def test_our_own_routes(server, http):
 
 @pytest.mark.parametrize(
     "headers",
-    [{"host": "example.org"}, {"host": "10.0.0.1:80"}, {"x-forwarded-for": "10.0.0.9"}],
+    [
+        {"host": "example.org"},
+        {"host": "10.0.0.1:80"},
+        {"host": "["},
+        {"host": "evil.example, 127.0.0.1"},
+        {"host": "a@127.0.0.1"},
+        {"host": "127.0.0.1.evil.example"},
+        {"x-forwarded-for": "127.0.0.1"},
+        {"forwarded": "for=127.0.0.1"},
+    ],
 )
 def test_management_is_for_this_machine_alone(server, http, headers):
     body = {"lora_name": "a", "lora_path": "p"}
@@ -348,7 +358,7 @@ def test_a_loading_adapter_is_listed_and_not_served(tokenizer):
         while engine.load_calls < 2:
             await asyncio.sleep(0)
         assert [entry.state for entry in registry.entries()] == [AdapterState.LOADING] * 2
-        with pytest.raises(UnknownModel):
+        with pytest.raises(StillLoading):
             registry.resolve("a")
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
