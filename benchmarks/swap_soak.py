@@ -76,7 +76,8 @@ async def cycle(client: httpx.AsyncClient, soak: Soak, index: int) -> None:
     name = f"soak-{index}"
     await _post(client, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": soak.adapter})
     arrivals = stream(client, soak.request(name, f"cycle/{index}"))
-    await anext(arrivals)
+    if await anext(arrivals, None) is None:
+        raise RequestFailed(f"{name}: the stream ended before its first token")
     await _post(client, "/v1/unload_lora_adapter", {"lora_name": name})
     async for _ in arrivals:
         pass
