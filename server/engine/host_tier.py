@@ -153,6 +153,8 @@ class HostTier:
 
     def _start_loads(self) -> None:
         """Hand pending loads to the loader, in order, while what is held leaves room for them."""
+        if not self._pending:
+            return
         taken = sum(self._ready[held].num_bytes for held in self._holders if held in self._ready)
         taken += sum(self._sources[one].num_bytes for one in self._loading if one in self._sources)
         while self._pending:

@@ -20,22 +20,11 @@ from deltamux.server.api.registry import (
 from deltamux.server.engine.errors import EngineUnavailable
 from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import FakeEngine, Running, byte_level_tokenizer, serving
+from .fake_engine import FakeEngine, Running
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "a b", "a:b", "a@b", "é", "x" * 129]
 BAD_NAMES += ["a\n", "a\x00", "%2e%2e", "base"]
 MESSAGES = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(tokenizer) as running:
-        yield running
 
 
 @pytest.fixture

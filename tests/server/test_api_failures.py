@@ -1,32 +1,12 @@
 """Clients that go away and engines that fail: nobody waits, nothing leaks, nothing runs on."""
 
-from collections.abc import Iterator
-
 import httpx
 import openai
 import pytest
 
 from deltamux.server.engine.errors import EngineDied, EngineUnavailable, QueueFull
-from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import Running, byte_level_tokenizer, leave_when_stalled, serving
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+from .fake_engine import leave_when_stalled, serving
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -1,6 +1,5 @@
 import itertools
 import json
-from collections.abc import Iterator
 
 import httpx
 import openai
@@ -8,26 +7,8 @@ import pytest
 
 from deltamux.server.api.sampling import choice_seed
 from deltamux.server.api.state import Limits
-from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import MAX_MODEL_LEN, Running, byte_level_tokenizer, serving
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+from .fake_engine import MAX_MODEL_LEN, Running, serving
 
 
 def say(server: Running, text: str, tokens_per_update: int = 1) -> None:

@@ -18,11 +18,6 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def server(tokenizer: Tokenizer) -> Iterator[Running]:
     limits = Limits(max_body_bytes=200_000, max_sequences=200)
     with serving(tokenizer, limits) as running:

@@ -1,28 +1,13 @@
 """What ``/metrics`` shows, parsed by the Prometheus client's own parser."""
 
-from collections.abc import Iterator
-
 import httpx
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltamux.server.engine.errors import EngineDied
-from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import Running, byte_level_tokenizer, leave_when_stalled, serving
+from .fake_engine import Running, leave_when_stalled
 
 LABELS = {"model_name": "base", "engine": "0"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(tokenizer) as running:
-        yield running
 
 
 def scrape(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
