@@ -1,37 +1,287 @@
-"""The adapters of one step: which rows get which correction."""
+"""The adapters of one step: which rows get which corrections, and the corrections themselves.
 
-from collections.abc import Sequence
+A row may have several adapters. The step's rows are laid out in *passes*: in each, no row has more
+than one adapter slot, so that a kernel may compute a pass's segments in any order. Almost every
+step has one pass.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ..kernels.low_rank.op import AddLowRank, LowRankTable, Segments, SiteTargets
+from ..kernels.backend import DeltaOps
+from ..kernels.bottleneck.op import AddBottleneck
+from ..kernels.embedding.op import CorrectEmbedding
+from ..kernels.input_transform.op import TransformInput
+from ..kernels.linear.op import LinearOp
+from ..kernels.norm_override.op import OverrideNorm
+from ..kernels.side_attention.op import AddSideAttention
+from ..kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
+from .layout import Half
+from .pool import AdapterPool
+from .primitives import (
+    Affine,
+    Bottleneck,
+    Circulant,
+    Dense,
+    EmbeddingAffine,
+    EmbeddingRows,
+    InputTransform,
+    Kronecker,
+    NormOverride,
+    OutputRows,
+    Primitive,
+    SideAttention,
+    Sparse,
+    Spectral,
+)
+
+Op = TypeVar("Op")
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows ``start .. end`` of a batch that one adapter slot corrects with one weight."""
+
+    start: int
+    end: int
+    slot: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Present(Generic[Op]):
+    """A type of primitive that some adapter of the step has.
+
+    Attributes:
+        op: What computes it.
+        table: Where its tensors lie.
+        rows: Of each row of the table, whether any adapter of the step has a cell there.
+        passes: The rows of the batch, by adapter slot.
+    """
+
+    op: Op
+    table: PrimitiveTable
+    rows: tuple[bool, ...]
+    passes: tuple[Segments, ...]
+
+    def is_at(self, targets: SiteTargets) -> bool:
+        """Whether any adapter of the step has a cell at any of the targets."""
+        return any(self.rows[targets.first : targets.first + len(targets.out_starts)])
+
+
+@dataclass(frozen=True, slots=True)
+class _InputTransforms:
+    """Linear modules that read a changed input.
+
+    Targets of one GEMM may each want another input. So the batch grows: the first target's input
+    takes the place of the rows, and the rows are appended once more for each further target.
+
+    Attributes:
+        present: The transforms, over the rows of the batch.
+        rows: (n,) int64, every row that has any.
+        appended: Their segments among those n rows.
+    """
+
+    present: _Present[TransformInput]
+    rows: Tensor
+    appended: tuple[Segments, ...]
+
+    def through(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
+        """The base's output (rows, out), each target's from its own input."""
+        num_rows, num_copies = len(x), len(targets.out_starts) - 1
+        wide = torch.cat([x, *[x[self.rows]] * num_copies])
+        sizes = [num_rows, *[len(self.rows)] * num_copies]
+        inputs = torch.split(wide, sizes)
+        for position, part in enumerate(inputs):
+            passes = self.appended if position else self.present.passes
+            for segments in passes:
+                self.present.op(part, self.present.table, targets.first + position, segments)
+        y, *others = torch.split(base(wide), sizes)
+        for start, size, part in zip(
+            targets.out_starts[1:], targets.out_sizes[1:], others, strict=True
+        ):
+            y[self.rows, start : start + size] = part[:, start : start + size]
+        return y
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterBatch:
-    """Corrections for the rows of one forward pass; a pass without adapters has none of these."""
+    """Corrections for the rows of one forward pass; a pass without adapters has none of these.
 
-    table: LowRankTable
-    segments: Segments
-    add_low_rank: AddLowRank
-
-    def add(self, y: Tensor, x: Tensor, targets: SiteTargets) -> None:
-        """Correct y (rows, out), the site's base output for x (rows, in), in place."""
-        self.add_low_rank(y, x, self.table, targets, self.segments)
-
-
-def group_rows(adapter_slots: Sequence[int | None]) -> list[tuple[int, int, int]]:
-    """Maximal runs of equal adapter slots as (start, end, slot); rows of the base (None) in none.
-
-    The runner orders a step's rows by adapter slot, so that every adapter gets one segment.
+    Every field is empty but for what adapters of this very step have.
     """
-    groups: list[tuple[int, int, int]] = []
-    start = 0
-    for row in range(1, len(adapter_slots) + 1):
-        if row == len(adapter_slots) or adapter_slots[row] != adapter_slots[start]:
-            slot = adapter_slots[start]
-            if slot is not None:
-                groups.append((start, row, slot))
-            start = row
-    return groups
+
+    _inputs: _InputTransforms | None
+    _linear: tuple[_Present[CorrectLinear], ...]
+    _embeddings: tuple[_Present[CorrectEmbedding], ...]
+    _norms: _Present[OverrideNorm] | None
+    _bottlenecks: _Present[AddBottleneck] | None
+    _side_attention: _Present[AddSideAttention] | None
+
+    def linear(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
+        """The site's output (rows, out) for x (rows, in), every row corrected by its adapters."""
+        if self._inputs is not None and self._inputs.present.is_at(targets):
+            y = self._inputs.through(base, x, targets)
+        else:
+            y = base(x)
+        for each in self._linear:
+            if each.is_at(targets):
+                for segments in each.passes:
+                    each.op(y, x, each.table, targets, segments)
+        return y
+
+    def embedding(self, x: Tensor, ids: Tensor, row: int) -> None:
+        """Correct x (rows, hidden), the embedded ``ids`` (rows,), in place."""
+        for each in self._embeddings:
+            if each.rows[row]:
+                for segments in each.passes:
+                    each.op(x, ids, each.table, row, segments)
+
+    def norm(self, y: Tensor, x: Tensor, row: int, eps: float, *, centered: bool) -> None:
+        """Correct y, the normalised x, in place; see ``kernels/norm_override/op.py``."""
+        each = self._norms
+        if each is not None and each.rows[row]:
+            for segments in each.passes:
+                each.op(y, x, each.table, row, segments, eps, centered)
+
+    def half(self, h: Tensor, residual: Tensor, layer: int, half: Half) -> None:
+        """Correct h (rows, hidden), what attention or MLP adds to the residual stream, in place."""
+        each, row = self._bottlenecks, len(Half) * layer + half
+        if each is None or not each.rows[row]:
+            return
+        # Adapters of one row are a sum: each reads what the base computed.
+        source = h if len(each.passes) == 1 else h.clone()
+        for segments in each.passes:
+            each.op(h, source, residual, each.table, row, segments)
+
+    def attention(
+        self, out: Tensor, query: Tensor, layer: int, kv_heads: int, scale: float
+    ) -> None:
+        """Correct out (rows, heads, head_dim), what the heads attended to, in place."""
+        each = self._side_attention
+        if each is not None and each.rows[layer]:
+            for segments in each.passes:
+                each.op(out, query, each.table, layer, segments, kv_heads, scale)
+
+
+def make_batch(
+    pool: AdapterPool, ops: DeltaOps, passes: Iterable[Sequence[RowRange]]
+) -> AdapterBatch | None:
+    """The corrections of a batch, None where there are none.
+
+    Args:
+        pool: Where the adapters are.
+        ops: The device's operations.
+        passes: In each, ranges in the order of their rows, of which none overlap.
+    """
+    by_type: dict[type[Primitive], list[list[RowRange]]] = {}
+    for ranges in passes:
+        for kind, selected in _by_type(pool, _joined(ranges)).items():
+            by_type.setdefault(kind, []).append(selected)
+    if not by_type:
+        return None
+
+    def present(kind: type[Primitive], op: Op) -> _Present[Op] | None:
+        selected = by_type.get(kind)
+        if selected is None:
+            return None
+        slots = sorted({each.slot for ranges in selected for each in ranges})
+        return _Present(
+            op,
+            pool.tables[kind],
+            pool.rows_of(kind, slots),
+            tuple(_segments(ranges, pool.device) for ranges in selected),
+        )
+
+    transforms = present(InputTransform, ops.transform_input)
+    return AdapterBatch(
+        _inputs=None
+        if transforms is None
+        else _input_transforms(transforms, by_type[InputTransform], pool.device),
+        _linear=_there(present(kind, op) for kind, op in _linear_ops(ops)),
+        _embeddings=_there(
+            (
+                present(EmbeddingRows, ops.replace_rows),
+                present(EmbeddingAffine, ops.correct_embedding),
+            )
+        ),
+        _norms=present(NormOverride, ops.override_norm),
+        _bottlenecks=present(Bottleneck, ops.add_bottleneck),
+        _side_attention=present(SideAttention, ops.add_side_attention),
+    )
+
+
+def _linear_ops(ops: DeltaOps) -> tuple[tuple[type[Primitive], CorrectLinear], ...]:
+    """In the order in which they act: what scales the base's output first, replaced rows last."""
+    return (
+        (Affine, ops.correct_affine),
+        (Dense, ops.add_dense),
+        (Sparse, ops.add_sparse),
+        (Spectral, ops.add_spectral),
+        (Kronecker, ops.add_kronecker),
+        (Circulant, ops.add_circulant),
+        (OutputRows, ops.replace_outputs),
+    )
+
+
+def _by_type(
+    pool: AdapterPool, ranges: Sequence[RowRange]
+) -> dict[type[Primitive], list[RowRange]]:
+    found: dict[type[Primitive], list[RowRange]] = {}
+    for each in ranges:
+        for kind in pool.types_in(each.slot):
+            found.setdefault(kind, []).append(each)
+    return found
+
+
+def _joined(ranges: Iterable[RowRange]) -> list[RowRange]:
+    """Neighbours of one slot and weight as one: the runner orders rows by adapter for this."""
+    joined: list[RowRange] = []
+    for each in ranges:
+        last = joined[-1] if joined else None
+        if last is not None and (last.end, last.slot, last.weight) == (
+            each.start,
+            each.slot,
+            each.weight,
+        ):
+            joined[-1] = RowRange(last.start, each.end, last.slot, last.weight)
+        else:
+            joined.append(each)
+    return joined
+
+
+def _segments(ranges: Sequence[RowRange], device: torch.device) -> Segments:
+    start, end, slot = np.array([(r.start, r.end, r.slot) for r in ranges], dtype=np.int32).T.copy()
+    weight = np.array([each.weight for each in ranges], dtype=np.float32)
+    return Segments(
+        *(
+            torch.from_numpy(each).to(device, non_blocking=True)
+            for each in (start, end, slot, weight)
+        )
+    )
+
+
+def _input_transforms(
+    present: _Present[TransformInput], passes: Sequence[Sequence[RowRange]], device: torch.device
+) -> _InputTransforms:
+    rows: list[int] = []
+    appended = []
+    for ranges in passes:
+        moved = []
+        for each in ranges:
+            start = len(rows)
+            rows.extend(range(each.start, each.end))
+            moved.append(RowRange(start, len(rows), each.slot, each.weight))
+        appended.append(_segments(moved, device))
+    return _InputTransforms(
+        present, torch.tensor(rows, dtype=torch.int64).to(device), tuple(appended)
+    )
+
+
+def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":
+    return tuple(each for each in found if each is not None)

@@ -1,11 +1,16 @@
 """Adapter folders are files from strangers: this is the only place that reads them.
 
-A folder is ``adapter_config.json`` and ``adapter_model.safetensors``, or ``adapter_model.bin`` in
-the pickle format of ``torch.save``, of which only what builds plain tensors is ever executed. Each
-file is read with a limit that is checked beforehand, and the bytes that are hashed are the bytes
-that are parsed, so that a digest stands for the tensors that came with it even if the file changes
-meanwhile. Symbolic links are followed, because hub caches are made of them, but only to regular
-files.
+    library      configuration          weights, the first that is there        beside them
+    peft         adapter_config.json    adapter_model.safetensors | .bin
+    adapterhub   adapter_config.json    adapter.safetensors, pytorch_adapter.bin    the head's files
+    plain        delta_config.json      delta.safetensors
+
+``.bin`` is the pickle format of ``torch.save``, of which only what builds plain tensors is ever
+executed. ``deltamux.json`` in any of them holds what the library does not save and serving needs
+to know (a task's number, say). Each file is read with a limit that is checked beforehand, and the
+bytes that are hashed are the bytes that are parsed, so that a digest stands for the tensors that
+came with it even if the file changes meanwhile. Symbolic links are followed, because hub caches are
+made of them, but only to regular files.
 """
 
 import hashlib
@@ -15,7 +20,7 @@ import os
 import pickle
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +33,25 @@ from torch import Tensor
 
 from .errors import (
     AdapterCorrupt,
+    AdapterError,
     AdapterNotFound,
     AdapterTooLarge,
     AdapterUnsupported,
     shown,
 )
-
-CONFIG_FILE = "adapter_config.json"
-SAFETENSORS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
+from .files import (
+    ADAPTERHUB,
+    CONFIG_FILE,
+    FUSION_CONFIG_FILE,
+    HEAD_FILES,
+    INTERFACE_FILE,
+    OPTIONS_FILE,
+    PEFT,
+    PLAIN,
+    PLAIN_CONFIG_FILE,
+    SAFETENSORS_FILE,
+    WEIGHT_FILES,
+)
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHT_BYTES = 8 << 30
@@ -56,13 +71,19 @@ class ConfigFile:
 
     Attributes:
         folder: The folder.
-        raw: The file's bytes.
-        fields: The JSON object in it.
+        library: Whose format it is: a key of WEIGHT_FILES.
+        fields: The JSON object of the configuration.
+        options: The JSON object of ``deltamux.json``, empty without one.
+        interface: The JSON object of AdapterHub's ``adapter_interface.json``, None without one.
+        read: Name and bytes of every file read.
     """
 
     folder: Path
-    raw: bytes
+    library: str
     fields: Mapping[str, object]
+    options: Mapping[str, object]
+    interface: Mapping[str, object] | None
+    read: tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +93,22 @@ class Checkpoint:
     Floating-point tensors are finite and of one of FLOAT_DTYPES.
 
     Attributes:
+        library: Whose format it is.
         config: The JSON object of the configuration.
         tensors: Every tensor of the weight file by its name, on the CPU.
-        digest: SHA-256 (hex) over both files.
+        digest: SHA-256 (hex) over every file.
+        options: The JSON object of ``deltamux.json``, empty without one.
+        head: Every tensor of AdapterHub's head file by its name, empty without one.
+        interface: The JSON object of AdapterHub's ``adapter_interface.json``, None without one.
     """
 
+    library: str
     config: Mapping[str, object]
     tensors: Mapping[str, Tensor]
     digest: str
+    options: Mapping[str, object]
+    head: Mapping[str, Tensor]
+    interface: Mapping[str, object] | None = None
 
 
 def open_config(folder: Path) -> ConfigFile:
@@ -92,20 +121,34 @@ def open_config(folder: Path) -> ConfigFile:
     """
     if not folder.is_dir():
         raise AdapterNotFound(f"there is no adapter folder at {folder}")
-    path = folder / CONFIG_FILE
-    with _opened(path) as file:
-        if file is None:
-            raise AdapterCorrupt(f"{folder} holds no {CONFIG_FILE}{_where_else(folder)}")
-        raw = _read(path, file, MAX_CONFIG_BYTES)
-    return ConfigFile(folder, raw, _parse_config(path, raw))
+    names = [name for name in (CONFIG_FILE, PLAIN_CONFIG_FILE) if (folder / name).exists()]
+    if not names:
+        raise _no_config(folder)
+    if len(names) > 1:
+        raise AdapterCorrupt(f"{folder} holds two adapters: {' and '.join(names)}")
+    read = [
+        (name, raw)
+        for name in (names[0], OPTIONS_FILE, INTERFACE_FILE)
+        if (raw := _small(folder / name)) is not None
+    ]
+    parsed = {name: _parse_config(folder / name, raw) for name, raw in read}
+    fields = parsed[names[0]]
+    return ConfigFile(
+        folder=folder,
+        library=_library(names[0], fields),
+        fields=fields,
+        options=parsed.get(OPTIONS_FILE, {}),
+        interface=parsed.get(INTERFACE_FILE),
+        read=tuple(read),
+    )
 
 
 def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> Checkpoint:
-    """Read the weights beside a configuration; safetensors first, as PEFT does.
+    """Read the weights beside a configuration; safetensors first, as the libraries do.
 
     Args:
         config: The configuration.
-        max_numbers: Numbers that the weight file may hold. What its size, or the header of a
+        max_numbers: Numbers that a weight file may hold. What its size, or the header of a
             safetensors file, shows to hold more is refused unread.
 
     Raises:
@@ -113,25 +156,75 @@ def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> 
         AdapterUnsupported: A pickle that holds more than plain tensors, or an unknown dtype.
         AdapterTooLarge: The file exceeds 8 GiB, or holds more than ``max_numbers``.
     """
-    for name, parse in ((SAFETENSORS_FILE, _parse_safetensors), (PICKLE_FILE, _parse_pickle)):
-        path = config.folder / name
+    names = WEIGHT_FILES[config.library]
+    weights = _first_weights(config.folder, names, max_numbers)
+    if weights is None:
+        raise AdapterCorrupt(f"{config.folder} holds neither {' nor '.join(names)}")
+    head = None
+    if config.library == ADAPTERHUB:
+        head = _first_weights(config.folder, HEAD_FILES, MAX_WEIGHT_BYTES)
+    read = [*config.read, *((file.name, file.raw) for file in (weights, head) if file is not None)]
+    return Checkpoint(
+        library=config.library,
+        config=config.fields,
+        tensors=weights.tensors,
+        digest=digest_of(read),
+        options=config.options,
+        head={} if head is None else head.tensors,
+        interface=config.interface,
+    )
+
+
+def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 over name, length (8 bytes, little endian) and bytes of each file, in hex."""
+    digest = hashlib.sha256()
+    for name, raw in files:
+        digest.update(name.encode() + b"\0" + len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightFile:
+    name: str
+    raw: bytes
+    tensors: Mapping[str, Tensor]
+
+
+def _first_weights(folder: Path, names: Iterable[str], max_numbers: int) -> _WeightFile | None:
+    for name in names:
+        path = folder / name
         with _opened(path) as file:
             if file is None:
                 continue
             raw = _read_weights(path, file, max_numbers)
-        tensors = parse(path, raw)
+        tensors = _parse_weights(path, raw)
         for tensor_name, tensor in tensors.items():
             _require_finite(path, tensor_name, tensor)
-        return Checkpoint(config.fields, tensors, digest_of(config.raw, raw))
-    raise AdapterCorrupt(f"{config.folder} holds neither {SAFETENSORS_FILE} nor {PICKLE_FILE}")
+        return _WeightFile(name, raw, tensors)
+    return None
 
 
-def digest_of(config: bytes, weights: bytes) -> str:
-    """SHA-256(len(config) as 8 bytes, little endian | config | weights), in hex."""
-    digest = hashlib.sha256(len(config).to_bytes(8, "little"))
-    digest.update(config)
-    digest.update(weights)
-    return digest.hexdigest()
+def _parse_weights(path: Path, raw: bytes) -> Mapping[str, Tensor]:
+    return _parse_safetensors(path, raw) if _is_safetensors(path) else _parse_pickle(path, raw)
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def _small(path: Path) -> bytes | None:
+    """The bytes of a configuration file, None where there is none."""
+    with _opened(path) as file:
+        return None if file is None else _read(path, file, MAX_CONFIG_BYTES)
+
+
+def _library(config_file: str, fields: Mapping[str, object]) -> str:
+    version = fields.get("version")
+    if config_file == PLAIN_CONFIG_FILE:
+        return PLAIN
+    by_adapterhub = "config" in fields and isinstance(version, str)
+    return ADAPTERHUB if by_adapterhub and "peft_type" not in fields else PEFT
 
 
 @contextmanager
@@ -170,7 +263,7 @@ def _read(path: Path, file: BinaryIO, max_bytes: int) -> bytes:
 
 def _read_weights(path: Path, file: BinaryIO, max_numbers: int) -> bytes:
     max_bytes = min(MAX_WEIGHT_BYTES, max_numbers * _WIDEST + OVERHEAD_BYTES)
-    if path.name == SAFETENSORS_FILE and os.fstat(file.fileno()).st_size <= max_bytes:
+    if _is_safetensors(path) and os.fstat(file.fileno()).st_size <= max_bytes:
         numbers = _declared_numbers(file)
         if numbers > max_numbers:
             raise AdapterTooLarge(
@@ -200,10 +293,16 @@ def _declared_numbers(file: BinaryIO) -> int:
         return 0
 
 
-def _where_else(folder: Path) -> str:
+def _no_config(folder: Path) -> AdapterError:
     """PEFT saves an adapter that is not named ``default`` to a folder of that name inside."""
+    if (folder / FUSION_CONFIG_FILE).exists():
+        return AdapterUnsupported(
+            f"{folder} holds an AdapterFusion, which mixes several adapters by attention between "
+            "them: serve its adapters one by one"
+        )
     inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}"))
-    return f"; did you mean its folder {' or '.join(inside[:4])}?" if inside else ""
+    hint = f"; did you mean its folder {' or '.join(inside[:4])}?" if inside else ""
+    return AdapterCorrupt(f"{folder} holds no {CONFIG_FILE} and no {PLAIN_CONFIG_FILE}{hint}")
 
 
 def _parse_config(path: Path, raw: bytes) -> Mapping[str, object]:

@@ -19,9 +19,9 @@ class AdapterDescription:
         library: ``peft``, ...
         base_model: The base it names, if it names one.
         ranks: Its ranks, ascending.
-        target_modules: Last names of the modules it adapts.
-        num_modules: Modules it adapts.
-        num_parameters: Numbers it stores.
+        target_modules: Last names of the modules it changes.
+        num_modules: Modules it changes.
+        num_parameters: Numbers it stores, as far as they follow from the adapter alone.
         primitives: How many of each primitive it lowers to.
     """
 
@@ -41,6 +41,15 @@ class AdapterDescription:
         return 2 * self.num_parameters
 
 
+_BASE_FIELDS = ("base_model_name_or_path", "model_name", "base_model")
+"""PEFT's, AdapterHub's and the plain format's name for the base."""
+
+
+def _base_model(fields: Mapping[str, object]) -> str | None:
+    named = (fields.get(name) for name in _BASE_FIELDS)
+    return next((name for name in named if isinstance(name, str) and name), None)
+
+
 def describe(path: Path) -> AdapterDescription:
     """Read and check the adapter folder at ``path`` as far as that goes without its base.
 
@@ -48,16 +57,15 @@ def describe(path: Path) -> AdapterDescription:
         AdapterError: It is refused on any base; see ``errors`` for the reasons.
     """
     config = open_config(path)
-    kind = find_kind(config.fields)
+    kind = find_kind(config)
     checkpoint = open_checkpoint(config)
     shapes = kind.parse(checkpoint).shapes
-    base_model = config.fields.get("base_model_name_or_path")
-    paths = {shape.path for shape in shapes}
+    paths = {shape.path for shape in shapes if shape.path}
     return AdapterDescription(
         digest=checkpoint.digest,
         kind=kind.name,
         library=kind.library,
-        base_model=base_model if isinstance(base_model, str) else None,
+        base_model=_base_model(config.fields),
         ranks=tuple(sorted({shape.rank for shape in shapes if shape.rank})),
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
         num_modules=len(paths),

@@ -1,19 +1,18 @@
 """What an adapter kind is to the rest: a module in ``kinds/`` with one object ``KIND`` like this.
 
 A kind works in two halves. *Parsing* checks the configuration and the tensors by themselves and
-needs no base model; *lowering* binds what was parsed to the modules of one base. Describing an
-adapter needs the first half only.
+needs no base model; *lowering* binds what was parsed to one base. Describing an adapter needs the
+first half only. Nothing else names a kind: the module is found, documented and tested by being
+there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
+from .base import Base
 from .checkpoint import Checkpoint
-from .layout import BaseLayout
-from .primitives import Primitive
+from .primitives import KVPrefix, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +21,48 @@ class PrimitiveShape:
 
     Attributes:
         primitive: Name of the class in ``primitives``.
-        path: Module path that the adapter names.
+        path: Module path that the adapter names, empty where it names none.
         rank: Rank of a low-rank primitive, 0 for others.
-        num_elements: Numbers it will store.
+        num_elements: Numbers it will store, as far as they follow from the adapter alone.
     """
 
     primitive: str
     path: str
     rank: int
     num_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """What an adapter is on one base; see ``primitives.LoweredAdapter`` for the fields."""
+
+    parts: tuple[Part, ...]
+    prefix: KVPrefix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KindPage:
+    """What ``docs/adapters.md`` says of a kind; plain text, formulas as in the docstrings.
+
+    Attributes:
+        title: As people call it, with the paper: ``LoRA (arXiv:2106.09685)``.
+        family: ``reparameterisation``, ``addition`` or ``specification``.
+        files: What the folder holds, and the names of the tensors.
+        equation: What it computes.
+        primitives: Names of the classes in ``primitives`` that it lowers to.
+        memory: Numbers it stores on the device.
+        limits: What is refused, and why.
+        options: What ``deltamux.json`` beside it may hold, and what it means.
+    """
+
+    title: str
+    family: str
+    files: str
+    equation: str
+    primitives: tuple[str, ...]
+    memory: str
+    limits: str
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 class ParsedAdapter(Protocol):
@@ -41,11 +73,12 @@ class ParsedAdapter(Protocol):
         """What it lowers to, on whatever base it was made for."""
         ...
 
-    def lower(self, layout: BaseLayout, dtype: torch.dtype) -> tuple[Primitive, ...]:
-        """Its primitives in ``dtype`` on one base, in the order of the base's targets.
+    def lower(self, base: Base) -> Lowered:
+        """Its primitives in the base's dtype, in the order of the base's places.
 
         Raises:
             AdapterMismatch: The adapter was made for another base.
+            AdapterUnsupported: It cannot be served on this one.
         """
         ...
 
@@ -55,16 +88,21 @@ class AdapterKind(Protocol):
 
     @property
     def name(self) -> str:
-        """``lora``, ..."""
+        """``lora``, ...; unique within the library."""
         ...
 
     @property
     def library(self) -> str:
-        """``peft``, ..."""
+        """``peft``, ``adapterhub`` or ``plain``."""
+        ...
+
+    @property
+    def page(self) -> KindPage:
+        """Its documentation."""
         ...
 
     def matches(self, config: Mapping[str, object]) -> bool:
-        """Whether a folder with this configuration is of this kind."""
+        """Whether a folder of this library with this configuration is of this kind."""
         ...
 
     def parse(self, checkpoint: Checkpoint) -> ParsedAdapter:

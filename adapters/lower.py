@@ -7,62 +7,76 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
+from types import MappingProxyType
 
 from . import kinds
-from .checkpoint import open_checkpoint, open_config
+from .base import Base
+from .checkpoint import ConfigFile, open_checkpoint, open_config
 from .errors import AdapterTooLarge, AdapterUnsupported, shown
+from .files import ADAPTERHUB, PLAIN
 from .kind import AdapterKind
-from .layout import BaseLayout
-from .primitives import LoweredAdapter, LowRank
+from .primitives import LoweredAdapter
+
+REFUSED_PEFT_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "XLORA": "PEFT 0.21.2 leaves out parts of its router when it saves it, so that what was "
+        "trained cannot be read back: serve its experts as LoRA adapters",
+    }
+)
+"""Kinds of PEFT that are refused for a reason of their own."""
 
 
-def lower(path: Path, layout: BaseLayout, dtype: torch.dtype, max_bytes: int) -> LoweredAdapter:
+def lower(path: Path, base: Base, max_bytes: int) -> LoweredAdapter:
     """Read the adapter folder at ``path`` and lower it for one base.
 
     Args:
         path: The folder.
-        layout: The base.
-        dtype: Of the base.
-        max_bytes: The most that the lowered adapter may take. No kind lowers to fewer numbers than
-            it stores, so most of what takes more is refused before its weights are read.
+        base: What it is lowered for.
+        max_bytes: The most that the lowered adapter may take. A weight file that declares more
+            numbers than fit is refused before it is read.
 
     Raises:
         AdapterError: The adapter is refused; see ``errors`` for the reasons.
     """
     config = open_config(path)
-    kind = find_kind(config.fields)
-    checkpoint = open_checkpoint(config, max_bytes // dtype.itemsize)
-    primitives = kind.parse(checkpoint).lower(layout, dtype)
-    ranks = [primitive.rank for primitive in primitives if isinstance(primitive, LowRank)]
+    kind = find_kind(config)
+    checkpoint = open_checkpoint(config, max_bytes // base.dtype.itemsize)
+    lowered = kind.parse(checkpoint).lower(base)
     adapter = LoweredAdapter(
         digest=checkpoint.digest,
         kind=kind.name,
         library=kind.library,
-        rank=max(ranks, default=0),
-        primitives=primitives,
+        parts=lowered.parts,
+        prefix=lowered.prefix,
     )
     if adapter.num_bytes > max_bytes:
         raise AdapterTooLarge(
-            f"the adapter at {path} takes {adapter.num_bytes} bytes in {dtype}, more than the "
+            f"the adapter at {path} takes {adapter.num_bytes} bytes in {base.dtype}, more than the "
             f"{max_bytes} there is room for"
         )
     return adapter
 
 
-def find_kind(config: Mapping[str, object]) -> AdapterKind:
+def find_kind(config: ConfigFile) -> AdapterKind:
     """The kind that serves folders with this configuration.
 
     Raises:
-        AdapterUnsupported: None does; the message names the kind and those that are served.
+        AdapterUnsupported: None does, or ``deltamux.json`` holds an option that it does not know.
     """
-    served = list(_kinds())
-    for kind in served:
-        if kind.matches(config):
+    for kind in all_kinds():
+        if kind.library == config.library and kind.matches(config.fields):
+            _check_options(kind, config)
             return kind
-    names = ", ".join(sorted(f"{kind.library} {kind.name}" for kind in served))
+    reason = REFUSED_PEFT_TYPES.get(str(config.fields.get("peft_type")))
+    if reason is not None:
+        raise AdapterUnsupported(f"{_described(config)} is not served: {reason}")
+    names = ", ".join(kind.name for kind in all_kinds() if kind.library == config.library)
     raise AdapterUnsupported(f"{_described(config)} is not served; served kinds: {names}")
+
+
+def all_kinds() -> list[AdapterKind]:
+    """Every kind there is, by library and name."""
+    return sorted(_kinds(), key=lambda kind: (kind.library, kind.name))
 
 
 def _kinds() -> Iterator[AdapterKind]:
@@ -71,10 +85,25 @@ def _kinds() -> Iterator[AdapterKind]:
         yield kind
 
 
-def _described(config: Mapping[str, object]) -> str:
-    version = config.get("version")
-    if "config" in config and isinstance(version, str) and version.startswith("adapters."):
-        return f"an adapter saved by AdapterHub ({shown(version)})"
-    if "peft_type" in config:
-        return f"an adapter of peft_type {shown(config['peft_type'])}"
+def _check_options(kind: AdapterKind, config: ConfigFile) -> None:
+    for name in config.options:
+        if name not in kind.page.options:
+            known = ", ".join(kind.page.options) or "none"
+            raise AdapterUnsupported(
+                f"{config.folder}: deltamux.json holds the option {shown(name)}, and a "
+                f"{kind.library} {kind.name} adapter knows: {known}"
+            )
+
+
+def _described(config: ConfigFile) -> str:
+    fields = config.fields
+    match config.library:
+        case library if library == ADAPTERHUB:
+            return (
+                f"an adapter saved by AdapterHub with the configuration {shown(fields['config'])}"
+            )
+        case library if library == PLAIN:
+            return f"a delta of delta_type {shown(fields.get('delta_type'))}"
+    if "peft_type" in fields:
+        return f"an adapter of peft_type {shown(fields['peft_type'])}"
     return "an adapter whose configuration has no peft_type"

@@ -18,7 +18,8 @@ MAX_PATH_LENGTH = 128
 MAX_SHAPES = 64
 MAX_EXPRESSIONS = 16
 MAX_GROUPS = 3
-MAX_WAYS = 512
+MAX_REPEATS = 2
+MAX_WAYS = 1024
 MAX_WORK = 1 << 22
 
 # Names with dots between them, each perhaps escaped.
@@ -147,10 +148,10 @@ def _ways(name: str, pattern: str) -> int:
     plain = pattern.replace("(?:", "(")
     repeats = len(_REPEAT.findall(plain))
     choices = _choices(plain)
-    refused = plain.count("(") > MAX_GROUPS or repeats > 1
+    refused = plain.count("(") > MAX_GROUPS or repeats > MAX_REPEATS
     if refused or choices is None or _REPEATED_GROUP.search(plain) or _BEYOND.search(pattern):
         raise _too_slow(name, pattern)
-    ways = choices * (_REPEAT_WAYS if repeats else 1)
+    ways = choices * _REPEAT_WAYS**repeats
     if ways > MAX_WAYS:
         raise _too_slow(name, pattern)
     return ways
@@ -182,8 +183,8 @@ def _choices(pattern: str) -> int | None:
 def _too_slow(name: str, pattern: str) -> AdapterUnsupported:
     return AdapterUnsupported(
         f"{name!r} holds the pattern {shown(pattern)}, which may take too long to match: write "
-        f"module names or paths, or an expression with at most one repeat, {MAX_GROUPS} groups, no "
-        f"repeated group and few alternatives"
+        f"module names or paths, or an expression with at most {MAX_REPEATS} repeats, {MAX_GROUPS} "
+        f"groups, no repeated group and few alternatives"
     )
 
 

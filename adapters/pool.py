@@ -1,31 +1,52 @@
 """The device tier: adapters side by side in one flat buffer, each tensor as large as it is.
 
-The buffer is allocated once and never moves, so that the table handed to the kernels stays valid.
-Installing an adapter writes its tensors and a column of each table; removing it clears the column.
+The buffer is allocated once and never moves, so that the tables handed to the kernels stay valid.
+Installing an adapter writes its tensors and a cell per primitive; removing it empties the cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ..kernels.low_rank.op import LowRankTable
+from ..kernels.tables import PrimitiveTable
 from .extents import ExtentError, Extents
 from .layout import BaseLayout
-from .primitives import ALIGNMENT_BYTES, LoweredAdapter, LowRank, Primitive
+from .primitives import ALIGNMENT_BYTES, PRIMITIVE_TYPES, LoweredAdapter, Part, Primitive
+
+_EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where one adapter is on the device.
+
+    Attributes:
+        slots: An adapter slot for each of its parts.
+        starts: Where its tensors begin in the buffer, in bytes.
+        num_bytes: What they take.
+    """
+
+    slots: tuple[int, ...]
+    starts: tuple[int, ...]
+    num_bytes: int
 
 
 class AdapterPool:
     """Adapters resident on the device, by adapter slot.
 
     Args:
-        layout: The base, whose targets are the rows of the tables.
-        num_slots: Adapters that may be resident at once.
+        layout: The base, whose places are the rows of the tables.
+        num_slots: Parts of adapters that may be resident at once.
         capacity_bytes: Size of the buffer.
-        dtype: Of the base and of every adapter.
+        dtype: Of the base and of every number stored.
         device: Where the base lives.
 
     Attributes:
-        table: What the low-rank kernels read; the same object for the pool's whole life.
+        tables: What the kernels read, by type of primitive; the same objects for the pool's life.
+        device: Where the base lives.
     """
 
     def __init__(
@@ -37,112 +58,142 @@ class AdapterPool:
         device: torch.device,
     ) -> None:
         """Allocate the buffer, whose pages cost nothing until they are written, and the tables."""
-        self._itemsize = dtype.itemsize
-        self._extents = Extents(capacity_bytes // self._itemsize, ALIGNMENT_BYTES // self._itemsize)
+        self.device = device
+        self._num_slots = num_slots
+        self._extents = Extents(capacity_bytes, ALIGNMENT_BYTES)
         self._free_slots = list(reversed(range(num_slots)))
-        self._starts: dict[int, list[int]] = {}
-        self._bytes_in: dict[int, int] = {}
-        shape = (sum(1 for _ in layout.iter_targets()), num_slots)
-        self.table = LowRankTable(
-            pool=torch.empty(self._extents.capacity, dtype=dtype, device=device),
-            rank=torch.zeros(shape, dtype=torch.int32, device=device),
-            a_offset=torch.zeros(shape, dtype=torch.int64, device=device),
-            b_offset=torch.zeros(shape, dtype=torch.int64, device=device),
-            bias_offset=torch.full(shape, -1, dtype=torch.int64, device=device),
-        )
+        self._placements: set[Placement] = set()
+        self._types: dict[int, frozenset[type[Primitive]]] = {}
+        self._head_path = layout.head_path
+        self._at_head: set[int] = set()
+        self._buffer = torch.empty(self._extents.capacity, dtype=torch.uint8, device=device)
+        numbers, indices = self._buffer.view(dtype), self._buffer.view(torch.int32)
+        self.tables: Mapping[type[Primitive], PrimitiveTable] = {
+            each: PrimitiveTable(_empty_cells(each, layout, num_slots, device), numbers, indices)
+            for each in PRIMITIVE_TYPES
+        }
+        self._occupied: Mapping[type[Primitive], npt.NDArray[np.bool_]] = {
+            each: np.zeros((each.num_rows(layout), num_slots), dtype=np.bool_)
+            for each in PRIMITIVE_TYPES
+        }
 
     @property
     def capacity_bytes(self) -> int:
         """Bytes of the buffer."""
-        return self._extents.capacity * self._itemsize
+        return self._extents.capacity
+
+    def types_in(self, slot: int) -> frozenset[type[Primitive]]:
+        """The types of the primitives of the part in this slot."""
+        return self._types[slot]
+
+    def rows_of(self, kind: type[Primitive], slots: Sequence[int]) -> tuple[bool, ...]:
+        """Of every row of the type's table, whether any of the slots has a cell there."""
+        occupied: npt.NDArray[np.bool_] = np.any(self._occupied[kind][:, list(slots)], axis=1)
+        return tuple(occupied.tolist())
+
+    def changes_head(self, slot: int) -> bool:
+        """Whether the part in this slot corrects the head's output."""
+        return slot in self._at_head
 
     def fits_at_all(self, adapter: LoweredAdapter) -> bool:
         """Whether the adapter fits into the pool when nothing else is in it."""
-        return adapter.num_device_bytes <= self.capacity_bytes
+        return (
+            adapter.num_device_bytes <= self.capacity_bytes
+            and len(adapter.parts) <= self._num_slots
+        )
 
-    def evictions_for(self, adapter: LoweredAdapter, candidates: Sequence[int]) -> int | None:
-        """How many slots, taken from ``candidates`` in order, must be removed to install it.
+    def evictions_for(self, adapter: LoweredAdapter, candidates: Sequence[Placement]) -> int | None:
+        """How many adapters, taken from ``candidates`` in order, must be removed to install it.
 
         None if all of them are not enough. Nothing is changed.
         """
         # Asked in every step for every adapter that waits, and mostly in vain: sizes come first.
-        room = self._extents.free * self._itemsize + sum(
-            map(self._bytes_in.__getitem__, candidates)
-        )
-        if adapter.num_device_bytes > room or not (self._free_slots or candidates):
+        room = self._extents.free + sum(each.num_bytes for each in candidates)
+        slots = len(self._free_slots) + sum(len(each.slots) for each in candidates)
+        if adapter.num_device_bytes > room or len(adapter.parts) > slots:
             return None
-        trial, sizes = self._extents.copy(), _sizes(adapter)
+        trial, sizes, slots = self._extents.copy(), _sizes(adapter), len(self._free_slots)
         for removed in range(len(candidates) + 1):
             if removed:
-                trial.release(self._starts[candidates[removed - 1]])
-            if len(self._free_slots) + removed and trial.allocate(sizes) is not None:
+                trial.release(candidates[removed - 1].starts)
+                slots += len(candidates[removed - 1].slots)
+            if len(adapter.parts) <= slots and trial.allocate(sizes) is not None:
                 return removed
         return None
 
-    def install(self, adapter: LoweredAdapter) -> int | None:
-        """Copy the adapter to the device: its slot, or None with nothing changed if no room is."""
-        starts = self._extents.allocate(_sizes(adapter)) if self._free_slots else None
+    def install(self, adapter: LoweredAdapter) -> Placement | None:
+        """Copy the adapter to the device; None with nothing changed if there is no room."""
+        if len(adapter.parts) > len(self._free_slots):
+            return None
+        starts = self._extents.allocate(_sizes(adapter))
         if starts is None:
             return None
-        slot = self._free_slots.pop()
-        self._starts[slot] = starts
-        self._bytes_in[slot] = adapter.num_device_bytes
-        for start, tensor in zip(starts, adapter.tensors, strict=True):
-            self.table.pool[start : start + tensor.numel()].copy_(tensor.reshape(-1))
-        self._write_columns(adapter.primitives, starts, slot)
-        return slot
+        start_of = dict(zip(map(id, adapter.tensors), starts, strict=True))
+        for tensor in adapter.tensors:
+            start = start_of[id(tensor)]
+            to = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+            to.copy_(tensor.reshape(-1))
+        slots = tuple(self._free_slots.pop() for _ in adapter.parts)
+        for slot, part in zip(slots, adapter.parts, strict=True):
+            self._write_cells(part, slot, start_of)
+        placement = Placement(slots, tuple(starts), adapter.num_device_bytes)
+        self._placements.add(placement)
+        return placement
 
-    def remove(self, slot: int) -> None:
-        """Free the slot and its memory.
+    def remove(self, placement: Placement) -> None:
+        """Free the adapter's slots and memory.
 
         Raises:
-            ExtentError: The slot is empty.
+            ExtentError: It is not here.
         """
-        if slot not in self._starts:
-            raise ExtentError(f"adapter slot {slot} is empty")
-        self._extents.release(self._starts.pop(slot))
-        del self._bytes_in[slot]
-        self._free_slots.append(slot)
-        self.table.rank[:, slot] = 0
-        self.table.bias_offset[:, slot] = -1
+        if placement not in self._placements:
+            raise ExtentError(f"the adapter in the slots {placement.slots} is not in the pool")
+        self._placements.remove(placement)
+        self._extents.release(placement.starts)
+        for slot in placement.slots:
+            for kind in self._types.pop(slot):
+                self.tables[kind].cells[:, slot] = _EMPTY
+                self._occupied[kind][:, slot] = False
+            self._at_head.discard(slot)
+            self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
         """Raise ExtentError unless slots, extents and tables agree."""
         self._extents.check_integrity()
-        used = (self._extents.capacity - self._extents.free) * self._itemsize
-        if used != sum(self._bytes_in.values()):
-            raise ExtentError(f"adapters of {self._bytes_in} bytes take {used}")
-        num_slots = self.table.rank.shape[1]
-        if sorted([*self._free_slots, *self._starts]) != list(range(num_slots)):
+        used = self._extents.capacity - self._extents.free
+        if used != sum(each.num_bytes for each in self._placements):
+            raise ExtentError(f"adapters take {used} bytes, and their placements others")
+        taken = [slot for each in self._placements for slot in each.slots]
+        if sorted([*self._free_slots, *taken]) != list(range(self._num_slots)):
             raise ExtentError("some adapter slot is neither free nor in use, or both")
-        if bool(self.table.rank[:, self._free_slots].any()):
-            raise ExtentError("a free adapter slot has a rank")
-        if bool((self.table.bias_offset[:, self._free_slots] != -1).any()):
-            raise ExtentError("a free adapter slot has a bias")
+        if sorted(self._types) != sorted(taken):
+            raise ExtentError("the types of a free adapter slot are known, or of one in use not")
+        for kind, table in self.tables.items():
+            if ((table.cells[:, :, 0] != _EMPTY).cpu().numpy() != self._occupied[kind]).any():
+                raise ExtentError(f"the table of {kind.__name__} differs from its books")
 
-    def _write_columns(
-        self, primitives: Sequence[Primitive], starts: Sequence[int], slot: int
-    ) -> None:
+    def _write_cells(self, part: Part, slot: int, start_of: Mapping[int, int]) -> None:
         """Build each table's column on the host and write it at once."""
-        num_targets = self.table.rank.shape[0]
-        rank, a_offset, b_offset = ([0] * num_targets for _ in range(3))
-        bias_offset = [-1] * num_targets
-        next_start = iter(starts)
-        for primitive in primitives:
-            row = primitive.target.index
-            if isinstance(primitive, LowRank):
-                rank[row] = primitive.rank
-                a_offset[row], b_offset[row] = next(next_start), next(next_start)
-            else:
-                bias_offset[row] = next(next_start)
-        for table, column in (
-            (self.table.rank, rank),
-            (self.table.a_offset, a_offset),
-            (self.table.b_offset, b_offset),
-            (self.table.bias_offset, bias_offset),
-        ):
-            table[:, slot] = torch.tensor(column, dtype=table.dtype).to(table.device)
+        columns: dict[type[Primitive], dict[int, tuple[int, ...]]] = {}
+        for each in part.primitives:
+            offsets = [start_of[id(tensor)] // tensor.itemsize for tensor in each.tensors]
+            columns.setdefault(type(each), {})[each.row] = each.cell(offsets)
+            if each.path == self._head_path:
+                self._at_head.add(slot)
+        self._types[slot] = frozenset(columns)
+        for kind, cells in columns.items():
+            rows = list(cells)
+            values = torch.tensor(list(cells.values()), dtype=torch.int64)
+            self.tables[kind].cells[rows, slot] = values.to(self.device)
+            self._occupied[kind][rows, slot] = True
+
+
+def _empty_cells(
+    kind: type[Primitive], layout: BaseLayout, num_slots: int, device: torch.device
+) -> torch.Tensor:
+    shape = (kind.num_rows(layout), num_slots, kind.num_fields())
+    return torch.full(shape, _EMPTY, dtype=torch.int64, device=device)
 
 
 def _sizes(adapter: LoweredAdapter) -> list[int]:
-    return [tensor.numel() for tensor in adapter.tensors]
+    return [tensor.nbytes for tensor in adapter.tensors]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 Adapter = TypeVar("Adapter")
+Place = TypeVar("Place")
 Adapter_contra = TypeVar("Adapter_contra", contravariant=True)
 
 
@@ -15,19 +16,19 @@ class ResidencyError(LookupError):
     """An adapter was asked for that is not resident or not held: a bug of the caller."""
 
 
-class Pool(Protocol[Adapter_contra]):
+class Pool(Protocol[Adapter_contra, Place]):
     """The device memory as residency sees it; ``pool.AdapterPool`` is one."""
 
-    def evictions_for(self, adapter: Adapter_contra, candidates: Sequence[int]) -> int | None:
-        """How many slots of ``candidates``, in order, must go before the adapter fits."""
+    def evictions_for(self, adapter: Adapter_contra, candidates: Sequence[Place]) -> int | None:
+        """How many of ``candidates``, in order, must go before the adapter fits."""
         ...
 
-    def install(self, adapter: Adapter_contra) -> int | None:
-        """Copy the adapter to the device: its slot, or None if there is no room."""
+    def install(self, adapter: Adapter_contra) -> Place | None:
+        """Copy the adapter to the device: its place, or None if there is no room."""
         ...
 
-    def remove(self, slot: int) -> None:
-        """Free a slot."""
+    def remove(self, place: Place, /) -> None:
+        """Free a place."""
         ...
 
     def check_integrity(self) -> None:
@@ -35,7 +36,7 @@ class Pool(Protocol[Adapter_contra]):
         ...
 
 
-class Residency(Generic[Adapter]):
+class Residency(Generic[Adapter, Place]):
     """Reference-counted residency; what the scheduler knows as ``AdapterSlots``.
 
     Args:
@@ -43,11 +44,11 @@ class Residency(Generic[Adapter]):
         lowered: The adapter of an id, in host memory.
     """
 
-    def __init__(self, pool: Pool[Adapter], lowered: Callable[[int], Adapter]) -> None:
+    def __init__(self, pool: Pool[Adapter, Place], lowered: Callable[[int], Adapter]) -> None:
         """Start with nothing resident."""
         self._pool = pool
         self._lowered = lowered
-        self._slots: dict[int, int] = {}
+        self._places: dict[int, Place] = {}
         self._holders: dict[int, int] = {}
         self._idle: dict[int, None] = {}  # insertion order: least recently used first
 
@@ -57,7 +58,7 @@ class Residency(Generic[Adapter]):
         Makes room by dropping the least recently used adapters that no sequence holds. False, with
         nothing changed, where even that is not enough.
         """
-        if adapter_id not in self._slots and not self._bring_in(adapter_id):
+        if adapter_id not in self._places and not self._bring_in(adapter_id):
             return False
         self._idle.pop(adapter_id, None)
         self._holders[adapter_id] = self._holders.get(adapter_id, 0) + 1
@@ -76,19 +77,19 @@ class Residency(Generic[Adapter]):
             del self._holders[adapter_id]
             self._idle[adapter_id] = None
 
-    def slot(self, adapter_id: int) -> int:
-        """The adapter slot of a resident adapter.
+    def place(self, adapter_id: int) -> Place:
+        """Where a resident adapter is.
 
         Raises:
             ResidencyError: The adapter is not resident.
         """
-        if adapter_id not in self._slots:
+        if adapter_id not in self._places:
             raise ResidencyError(f"adapter {adapter_id} is not on the device")
-        return self._slots[adapter_id]
+        return self._places[adapter_id]
 
     def resident(self) -> list[int]:
         """Ids of the adapters on the device."""
-        return list(self._slots)
+        return list(self._places)
 
     def drop(self, adapter_id: int) -> None:
         """Take the adapter off the device, if it is there.
@@ -100,7 +101,7 @@ class Residency(Generic[Adapter]):
             raise ResidencyError(
                 f"adapter {adapter_id} cannot go: {self._holders[adapter_id]} sequences hold it"
             )
-        if adapter_id in self._slots:
+        if adapter_id in self._places:
             self._evict(adapter_id)
 
     def check_integrity(self) -> None:
@@ -108,26 +109,26 @@ class Residency(Generic[Adapter]):
         self._pool.check_integrity()
         if self._holders.keys() & self._idle.keys():
             raise ResidencyError("an adapter is held and idle")
-        if self._holders.keys() | self._idle.keys() != self._slots.keys():
+        if self._holders.keys() | self._idle.keys() != self._places.keys():
             raise ResidencyError("an adapter is held or idle without being resident, or neither")
-        if len(set(self._slots.values())) != len(self._slots):
-            raise ResidencyError("two adapters have one slot")
+        if len({id(place) for place in self._places.values()}) != len(self._places):
+            raise ResidencyError("two adapters have one place")
         if any(count < 1 for count in self._holders.values()):
             raise ResidencyError("an adapter is held by no sequence")
 
     def _bring_in(self, adapter_id: int) -> bool:
         adapter, idle = self._lowered(adapter_id), list(self._idle)
-        evictions = self._pool.evictions_for(adapter, [self._slots[other] for other in idle])
+        evictions = self._pool.evictions_for(adapter, [self._places[other] for other in idle])
         if evictions is None:
             return False
         for other in idle[:evictions]:
             self._evict(other)
-        slot = self._pool.install(adapter)
-        if slot is None:
+        place = self._pool.install(adapter)
+        if place is None:
             raise ResidencyError(f"the room made for adapter {adapter_id} is not there")
-        self._slots[adapter_id] = slot
+        self._places[adapter_id] = place
         return True
 
     def _evict(self, adapter_id: int) -> None:
-        self._pool.remove(self._slots.pop(adapter_id))
+        self._pool.remove(self._places.pop(adapter_id))
         del self._idle[adapter_id]

@@ -3,8 +3,9 @@
     python benchmarks/kernels.py [--threads N] [--seed N]
 
 Shapes are those of SmolLM2-135M in bfloat16: a decode step of 16 sequences, each with an adapter of
-its own, and a prefill of 512 tokens. Weights and caches of 30 layers are walked in turn, so that a
-decode step reads from memory what it would read there. The last line is one JSON object.
+its own, and a prefill of 512 tokens; then each other correction of a linear module, for a row alone
+and for 128. Weights and caches of 30 layers are walked in turn, so that a decode step reads from
+memory what it would read there. The last line is one JSON object.
 """
 
 import argparse
@@ -17,9 +18,14 @@ import torch
 from machine import describe_machine, describe_versions
 from torch import Tensor
 
-from deltamux.kernels.backend import Backend, compiled_backend, reference_backend
-from deltamux.kernels.low_rank.op import LowRankTable, Segments, SiteTargets
+from deltamux.kernels.affine.op import Cell as AffineCell
+from deltamux.kernels.backend import Backend, DeltaOps, compiled_backend, reference_backend
+from deltamux.kernels.circulant.op import Cell as CirculantCell
+from deltamux.kernels.dense.op import Cell as DenseCell
+from deltamux.kernels.kronecker.op import Cell as KroneckerCell
 from deltamux.kernels.paged_attention.op import PagedBatch
+from deltamux.kernels.sparse.op import Cell as SparseCell
+from deltamux.kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 30, 576, 1536, 9, 3, 64, 16
 SITES = {
@@ -50,30 +56,130 @@ class Timing:
     floor_us: float | None
 
 
-def low_rank_case(site: str, rows_each: int, adapters: int, rank: int) -> Case:
-    """Every adapter corrects ``rows_each`` rows at every target of the site."""
-    in_size, widths = SITES[site]
-    sizes = torch.tensor([rank * (in_size + width) for width in widths]).repeat(LAYERS)
-    cells = sizes[:, None].expand(-1, adapters).reshape(-1)
-    a_offset = (cells.cumsum(0) - cells).view(-1, adapters)
-    table = LowRankTable(
-        pool=torch.randn(int(cells.sum())).to(DTYPE),
-        rank=torch.full_like(a_offset, rank, dtype=torch.int32),
-        a_offset=a_offset,
-        b_offset=a_offset + rank * in_size,
-        bias_offset=torch.full_like(a_offset, -1),
+class Pool:
+    """Tensors one after another, each at a multiple of 64 bytes, as adapters lie on the device."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self._words: list[Tensor] = []
+        self._used = 0
+
+    def put(self, tensor: Tensor) -> int:
+        """Where it begins, in elements of its own type."""
+        words = torch.zeros(-(-tensor.nbytes // 64) * 16, dtype=torch.int32)
+        words.view(tensor.dtype)[: tensor.numel()] = tensor.reshape(-1)
+        self._words.append(words)
+        self._used += words.nbytes
+        return (self._used - words.nbytes) // tensor.element_size()
+
+    def put_random(self, *shape: int) -> int:
+        """Where a new tensor of numbers begins."""
+        return self.put(torch.randn(*shape).to(DTYPE))
+
+    def table(self, cells: Tensor) -> PrimitiveTable:
+        """The table of these cells."""
+        words = torch.cat(self._words)
+        return PrimitiveTable(cells, words.view(DTYPE), words)
+
+
+MakeCell = Callable[[Pool, int, int], tuple[int, ...]]
+"""make(pool, in_size, out_size): one adapter on one target."""
+
+
+def affine_cell(rank: int) -> MakeCell:
+    """A LoRA."""
+    return lambda pool, in_size, out_size: AffineCell(
+        rank, pool.put_random(rank, in_size), pool.put_random(rank, out_size)
     )
+
+
+def dense_cell(pool: Pool, in_size: int, out_size: int) -> DenseCell:
+    """A whole matrix."""
+    return DenseCell(pool.put_random(out_size, in_size))
+
+
+def sparse_cell(entries: int) -> MakeCell:
+    """Entries anywhere."""
+
+    def make(pool: Pool, in_size: int, out_size: int) -> SparseCell:
+        at = torch.randperm(in_size * out_size)[:entries].sort().values
+        starts = torch.searchsorted(at, torch.arange(out_size + 1) * in_size).int()
+        columns = (at % in_size).int()
+        return SparseCell(entries, pool.put(starts), pool.put(columns), pool.put_random(entries))
+
+    return make
+
+
+def kronecker_cell(rank: int) -> MakeCell:
+    """L (8, 8) and a whole or factored R."""
+
+    def make(pool: Pool, in_size: int, out_size: int) -> KroneckerCell:
+        k, n, left = out_size // 8, in_size // 8, pool.put_random(8, 8)
+        if rank == 0:
+            return KroneckerCell(8, 8, 0, left, pool.put_random(k, n))
+        return KroneckerCell(8, 8, rank, left, pool.put_random(rank, n), pool.put_random(k, rank))
+
+    return make
+
+
+def circulant_cell(block: int) -> MakeCell:
+    """Blocks of one size."""
+    return lambda pool, in_size, out_size: CirculantCell(
+        block, pool.put_random(out_size // block, in_size // block, block)
+    )
+
+
+CORRECTIONS: tuple[tuple[str, Callable[[DeltaOps], CorrectLinear], MakeCell], ...] = (
+    ("affine rank 16", lambda deltas: deltas.correct_affine, affine_cell(16)),
+    ("dense", lambda deltas: deltas.add_dense, dense_cell),
+    ("sparse 16384 entries", lambda deltas: deltas.add_sparse, sparse_cell(16384)),
+    ("spectral 1000 entries", lambda deltas: deltas.add_spectral, sparse_cell(1000)),
+    ("kronecker 8x8", lambda deltas: deltas.add_kronecker, kronecker_cell(0)),
+    ("kronecker 8x8 rank 16", lambda deltas: deltas.add_kronecker, kronecker_cell(16)),
+    ("circulant blocks of 64", lambda deltas: deltas.add_circulant, circulant_cell(64)),
+)
+
+
+def correction_case(
+    name: str,
+    operation: Callable[[DeltaOps], CorrectLinear],
+    make: MakeCell,
+    site: tuple[int, tuple[int, ...]],
+    rows_each: int,
+    adapters: int = 1,
+) -> Case:
+    """Every adapter corrects ``rows_each`` rows at every target of the site."""
+    in_size, widths = site
+    pool = Pool()
+    cells = [
+        [make(pool, in_size, width) for _ in range(adapters)]
+        for _ in range(LAYERS)
+        for width in widths
+    ]
+    table = pool.table(torch.tensor(cells))
     starts = tuple(sum(widths[:t]) for t in range(len(widths)))
     targets = [SiteTargets(layer * len(widths), starts, widths) for layer in range(LAYERS)]
     rows = torch.arange(0, (adapters + 1) * rows_each, rows_each, dtype=torch.int32)
     slots = torch.arange(adapters, dtype=torch.int32)
-    segments = Segments(rows[:-1].clone(), rows[1:].clone(), slots)
+    segments = Segments(rows[:-1].clone(), rows[1:].clone(), slots, torch.ones(adapters))
     x = torch.randn(adapters * rows_each, in_size).to(DTYPE)
     y = torch.zeros(adapters * rows_each, sum(widths), dtype=DTYPE)
     return Case(
-        f"low_rank {site} {adapters} adapters of rank {rank}, {rows_each} rows each",
-        lambda backend, layer: backend.add_low_rank(y, x, table, targets[layer], segments),
-        table.pool.nbytes // LAYERS,
+        f"{name}, {in_size} -> {widths}, {adapters} x {rows_each} rows",
+        lambda backend, layer: operation(backend.deltas)(y, x, table, targets[layer], segments),
+        table.numbers.nbytes // LAYERS,
+    )
+
+
+def affine_case(site: str, rows_each: int, adapters: int, rank: int) -> Case:
+    """LoRAs of one rank."""
+    return correction_case(
+        f"affine {site} rank {rank}",
+        lambda deltas: deltas.correct_affine,
+        affine_cell(rank),
+        SITES[site],
+        rows_each,
+        adapters,
     )
 
 
@@ -85,6 +191,7 @@ def attention_case(sequences: int, q_len: int, context: int) -> Case:
     rows = torch.arange(0, (sequences + 1) * q_len, q_len, dtype=torch.int32)
     batch = PagedBatch(
         cu_seqlens_q=rows,
+        context_starts=torch.zeros(sequences, dtype=torch.int32),
         context_lens=torch.full((sequences,), context, dtype=torch.int32),
         block_tables=torch.randperm(blocks, dtype=torch.int32).view(sequences, -1),
         slot_mapping=torch.zeros(sequences * q_len, dtype=torch.int64),
@@ -117,15 +224,19 @@ def elementwise_cases(rows: int) -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """Decode, then prefill."""
+    """Decode, then prefill; then every correction."""
     for site in SITES:
-        yield low_rank_case(site, rows_each=1, adapters=16, rank=16)
+        yield affine_case(site, rows_each=1, adapters=16, rank=16)
     yield attention_case(sequences=16, q_len=1, context=200)
     yield from elementwise_cases(16)
     for rank in (16, 64):
-        yield low_rank_case("gate_up", rows_each=512, adapters=1, rank=rank)
+        yield affine_case("gate_up", rows_each=512, adapters=1, rank=rank)
     yield attention_case(sequences=1, q_len=512, context=512)
     yield from elementwise_cases(512)
+    for site in ((HIDDEN, (HIDDEN,)), (HIDDEN, (INNER,))):
+        for rows in (1, 128):
+            for name, operation, make in CORRECTIONS:
+                yield correction_case(name, operation, make, site, rows)
 
 
 def best_seconds(run: Callable[[int], object], rounds: int) -> float:

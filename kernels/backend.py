@@ -7,14 +7,29 @@ from pathlib import Path
 
 import torch
 
+from .affine import reference as affine_reference
+from .bottleneck import reference as bottleneck_reference
+from .bottleneck.compiled import CompiledBottleneck
+from .bottleneck.op import AddBottleneck
 from .build import CompilerError, build_library, find_compiler
+from .circulant import reference as circulant_reference
+from .cpu.corrections import CompiledCorrection
 from .cpu.library import DTYPES
+from .dense import reference as dense_reference
+from .embedding import reference as embedding_reference
+from .embedding.compiled import CompiledEmbedding
+from .embedding.op import CorrectEmbedding
+from .input_transform import reference as input_transform_reference
+from .input_transform.compiled import CompiledInputTransform
+from .input_transform.op import TransformInput
+from .kronecker import reference as kronecker_reference
 from .linear import packed as packed_linear
 from .linear import reference as linear_reference
 from .linear.op import PrepareLinear
-from .low_rank import reference as low_rank_reference
-from .low_rank.compiled import CompiledLowRank
-from .low_rank.op import AddLowRank
+from .norm_override import reference as norm_override_reference
+from .norm_override.compiled import CompiledNormOverride
+from .norm_override.op import OverrideNorm
+from .output_rows import reference as output_rows_reference
 from .paged_attention import reference as attention_reference
 from .paged_attention.compiled import CompiledAttention
 from .paged_attention.op import PagedAttention, WriteKV
@@ -24,11 +39,36 @@ from .rms_norm.op import AddRMSNorm, RMSNorm
 from .rotary import reference as rotary_reference
 from .rotary.compiled import CompiledRotary
 from .rotary.op import Rotary
+from .side_attention import reference as side_attention_reference
+from .side_attention.compiled import CompiledSideAttention
+from .side_attention.op import AddSideAttention
 from .silu_mul import reference as silu_mul_reference
 from .silu_mul.compiled import CompiledSiluMul
 from .silu_mul.op import SiluMul
+from .sparse import reference as sparse_reference
+from .spectral.correction import SpectralCorrection
+from .tables import CorrectLinear
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaOps:
+    """The operations of the adapters' primitives; each field's contract is its ``op`` module."""
+
+    correct_affine: CorrectLinear
+    add_dense: CorrectLinear
+    add_sparse: CorrectLinear
+    add_spectral: CorrectLinear
+    add_kronecker: CorrectLinear
+    add_circulant: CorrectLinear
+    replace_outputs: CorrectLinear
+    transform_input: TransformInput
+    replace_rows: CorrectEmbedding
+    correct_embedding: CorrectEmbedding
+    override_norm: OverrideNorm
+    add_bottleneck: AddBottleneck
+    add_side_attention: AddSideAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +80,8 @@ class Backend:
     """
 
     name: str
+    deltas: DeltaOps
     prepare_linear: PrepareLinear
-    add_low_rank: AddLowRank
     write_kv: WriteKV
     paged_attention: PagedAttention
     rms_norm: RMSNorm
@@ -54,8 +94,8 @@ def reference_backend() -> Backend:
     """Plain torch: the oracle, and the fallback where there is no C++ compiler."""
     return Backend(
         name="reference",
+        deltas=_reference_deltas(),
         prepare_linear=linear_reference.prepare_linear,
-        add_low_rank=low_rank_reference.add_low_rank,
         write_kv=attention_reference.write_kv,
         paged_attention=attention_reference.paged_attention,
         rms_norm=rms_norm_reference.rms_norm,
@@ -81,8 +121,8 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
     attention, norm = CompiledAttention(library), CompiledRMSNorm(library)
     return Backend(
         name="compiled",
+        deltas=_compiled_deltas(library),
         prepare_linear=packed_linear.prepare_linear,
-        add_low_rank=CompiledLowRank(library).add_low_rank,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention,
         rms_norm=norm.rms_norm,
@@ -109,6 +149,44 @@ def select_backend(name: str, dtype: torch.dtype, cache_dir: Path | None = None)
         case "reference":
             return reference_backend()
     raise ValueError(f"unknown backend {name!r}: choose auto, compiled or reference")
+
+
+def _reference_deltas() -> DeltaOps:
+    return DeltaOps(
+        correct_affine=affine_reference.correct_affine,
+        add_dense=dense_reference.add_dense,
+        add_sparse=sparse_reference.add_sparse,
+        add_spectral=SpectralCorrection(sparse_reference.add_sparse),
+        add_kronecker=kronecker_reference.add_kronecker,
+        add_circulant=circulant_reference.add_circulant,
+        replace_outputs=output_rows_reference.replace_outputs,
+        transform_input=input_transform_reference.transform_input,
+        replace_rows=embedding_reference.replace_rows,
+        correct_embedding=embedding_reference.correct_embedding,
+        override_norm=norm_override_reference.override_norm,
+        add_bottleneck=bottleneck_reference.add_bottleneck,
+        add_side_attention=side_attention_reference.add_side_attention,
+    )
+
+
+def _compiled_deltas(library: ctypes.CDLL) -> DeltaOps:
+    embedding = CompiledEmbedding(library)
+    add_sparse = CompiledCorrection(library, "add_sparse")
+    return DeltaOps(
+        correct_affine=CompiledCorrection(library, "correct_affine"),
+        add_dense=CompiledCorrection(library, "add_dense"),
+        add_sparse=add_sparse,
+        add_spectral=SpectralCorrection(add_sparse),
+        add_kronecker=CompiledCorrection(library, "add_kronecker"),
+        add_circulant=CompiledCorrection(library, "add_circulant"),
+        replace_outputs=CompiledCorrection(library, "replace_outputs"),
+        transform_input=CompiledInputTransform(library).transform_input,
+        replace_rows=embedding.replace_rows,
+        correct_embedding=embedding.correct_embedding,
+        override_norm=CompiledNormOverride(library).override_norm,
+        add_bottleneck=CompiledBottleneck(library).add_bottleneck,
+        add_side_attention=CompiledSideAttention(library).add_side_attention,
+    )
 
 
 def _fastest_backend(dtype: torch.dtype, cache_dir: Path | None) -> Backend:

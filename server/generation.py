@@ -58,6 +58,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
 
 
+class AdapterWeight(msgspec.Struct, frozen=True, array_like=True):
+    """One adapter of a request.
+
+    Attributes:
+        adapter_id: The adapter.
+        weight: What its corrections are multiplied by.
+    """
+
+    adapter_id: int
+    weight: float = 1.0
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate; ``n`` choices are n of these.
 
@@ -65,7 +77,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         request_id: Unique among the live ones.
         prompt_token_ids: At least one token.
         sampling: How tokens are chosen.
-        adapter_id: None for the bare base.
+        adapters: Their corrections are added; none, for the bare base.
         cache_salt: Requests share cached prefixes only under an equal salt.
         priority: Lower runs earlier (vLLM's meaning).
         output_token_ids: Tokens already generated, to resume where another engine stopped.
@@ -74,7 +86,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    adapter_id: int | None = None
+    adapters: list[AdapterWeight] = []
     cache_salt: str | None = None
     priority: int = 0
     output_token_ids: list[int] = []

@@ -86,10 +86,9 @@ class Metrics:
             self._success.labels(model_name, _ENGINE, reason)
 
     @contextmanager
-    def sequence(self, adapter_id: int | None, prompt_tokens: int) -> Iterator[SequenceRecord]:
+    def sequence(self, adapter_ids: list[int], prompt_tokens: int) -> Iterator[SequenceRecord]:
         """Record one sequence; one that is cut short counts as aborted, one that fails as error."""
-        if adapter_id is not None:
-            self._requested[adapter_id] += 1
+        self._requested.update(adapter_ids)
         try:
             yield SequenceRecord(self, prompt_tokens)
         except Exception:
@@ -99,7 +98,7 @@ class Metrics:
             self.success("abort")
             raise
         finally:
-            self._forget(adapter_id)
+            self._forget(adapter_ids)
 
     def step(self, stats: EngineStats) -> None:
         """Count what the engine did since its last report, which need not be a step."""
@@ -179,12 +178,11 @@ class Metrics:
         )
         return histogram.labels(self._model_name, _ENGINE)
 
-    def _forget(self, adapter_id: int | None) -> None:
-        if adapter_id is None:
-            return
-        self._requested[adapter_id] -= 1
-        if not self._requested[adapter_id]:
-            del self._requested[adapter_id]
+    def _forget(self, adapter_ids: list[int]) -> None:
+        for adapter_id in adapter_ids:
+            self._requested[adapter_id] -= 1
+            if not self._requested[adapter_id]:
+                del self._requested[adapter_id]
 
 
 class _Gauges:

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from ..adapters.errors import AdapterError
+from ..adapters.files import is_adapter_folder
 from .api.app import create_app
 from .api.registry import AdapterRegistry, AlreadyLoaded, RegistryError
 from .api.state import AppState
@@ -25,8 +26,6 @@ from .model.source import resolve_model
 from .text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
-
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _SHUTDOWN_SECONDS = 5
 """How long open streams may go on after the signal to stop."""
@@ -146,12 +145,8 @@ async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> 
         except (AdapterError, RegistryError) as error:
             raise ServeError(f"--adapter {name}={path}: {error}") from error
     for folder in config.adapter_dirs:
-        for path in sorted(path for path in folder.iterdir() if _is_adapter_folder(path)):
+        for path in sorted(path for path in folder.iterdir() if is_adapter_folder(path)):
             await _register(path, registry)
-
-
-def _is_adapter_folder(path: Path) -> bool:
-    return any((path / name).exists() for name in _ADAPTER_FILES)
 
 
 async def _register(path: Path, registry: AdapterRegistry) -> None:

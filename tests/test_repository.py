@@ -65,7 +65,7 @@ def test_imports_go_kernels_adapters_server(layer: str) -> None:
         ("kernels", "deltamux.adapters.layout", True),
         ("kernels", "server", True),
         ("adapters", "deltamux.server.config.ServeConfig", True),
-        ("adapters", "deltamux.kernels.low_rank.op", False),
+        ("adapters", "deltamux.kernels.affine.op", False),
         ("server", "deltamux.adapters.batch", False),
         ("server", "torch", False),
     ],
@@ -77,7 +77,7 @@ def test_the_import_rule_itself(importer: str, module: str, backward: bool) -> N
 def test_relative_imports_are_resolved() -> None:
     """The rule above is only as good as this: batch.py is known to import from kernels."""
     modules = set(imported_modules(ROOT / "adapters" / "batch.py"))
-    assert "deltamux.kernels.low_rank.op.Segments" in modules
+    assert "deltamux.kernels.tables.Segments" in modules
 
 
 def test_the_scheduler_is_free_of_torch() -> None:

@@ -47,6 +47,8 @@ class Kernels:
             dtype: _declared(library[f"{name}_{suffix}"], arguments)
             for dtype, suffix in DTYPES.items()
         }
+        mixed = getattr(library, f"{name}_float32_bfloat16", None)
+        self._mixed = mixed and _declared(mixed, arguments)
 
     def of(self, *tensors: Tensor) -> Kernel:
         """The function for tensors that share one dtype, lie on the CPU and are dense in rows.
@@ -64,6 +66,17 @@ class Kernels:
                 f"{self._name}: no CPU kernel for {dtype}; run the model in float32 or bfloat16"
             )
         return kernel
+
+    def over(self, weights: Tensor, *rows: Tensor) -> Kernel:
+        """As ``of``, but float32 rows may meet bfloat16 weights where there is a kernel for that.
+
+        Raises:
+            ValueError: See ``of``.
+        """
+        if self._mixed and (rows[0].dtype, weights.dtype) == (torch.float32, torch.bfloat16):
+            self.of(*rows)
+            return self._mixed
+        return self.of(*rows, weights)
 
     def _refusal(self, tensor: Tensor, dtype: torch.dtype) -> str:
         return (

@@ -9,6 +9,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define MASKED_MEMORY  // loads and stores of some elements of a vector
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t LANES = 16;
@@ -55,6 +59,25 @@ INLINE void store(bfloat16* p, Floats v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+#ifdef MASKED_MEMORY
+INLINE __mmask16 first_of(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+INLINE Floats load(const float* p, int64_t n) { return (Floats)_mm512_maskz_loadu_ps(first_of(n), p); }
+
+INLINE Floats load(const bfloat16* p, int64_t n) {
+    const Halves v = (Halves)_mm256_maskz_loadu_epi16(first_of(n), p);
+    return (Floats)(__builtin_convertvector(v, Words) << 16);
+}
+
+INLINE void store(float* p, Floats v, int64_t n) {
+    _mm512_mask_storeu_ps(p, first_of(n), (__m512)v);
+}
+
+INLINE void store(bfloat16* p, Floats v, int64_t n) {
+    const Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
+    _mm256_mask_storeu_epi16(p, first_of(n), (__m256i)halves);
+}
+#else
 template <class T>
 INLINE Floats load(const T* p, int64_t n) {
     T padded[LANES] = {};
@@ -68,6 +91,7 @@ INLINE void store(T* p, Floats v, int64_t n) {
     store(padded, v);
     std::memcpy(p, padded, n * sizeof(T));
 }
+#endif
 
 // Calls body(i) for every full group of `width` elements and body(i, n) for the n that are left, so
 // that a body `[](int64_t i, auto... n)` compiles once for each.
@@ -89,21 +113,42 @@ struct Pack {
     Floats part[PARTS];
 };
 
+INLINE Pack<bfloat16> unpacked(Words v) {
+    return {{(Floats)(v << 16), (Floats)(v & 0xffff0000u)}};
+}
+
+INLINE Words packed(Pack<bfloat16> pack) {
+    return (rounded_bits(pack.part[0]) >> 16) | rounded_bits(pack.part[1]);
+}
+
 INLINE Pack<float> load_pack(const float* p) { return {{load(p)}}; }
 
 INLINE Pack<bfloat16> load_pack(const bfloat16* p) {
     Words v;
     std::memcpy(&v, p, sizeof v);
-    return {{(Floats)(v << 16), (Floats)(v & 0xffff0000u)}};
+    return unpacked(v);
 }
 
 INLINE void store_pack(float* p, Pack<float> pack) { store(p, pack.part[0]); }
 
 INLINE void store_pack(bfloat16* p, Pack<bfloat16> pack) {
-    const Words v = (rounded_bits(pack.part[0]) >> 16) | rounded_bits(pack.part[1]);
+    const Words v = packed(pack);
     std::memcpy(p, &v, sizeof v);
 }
 
+#ifdef MASKED_MEMORY
+INLINE Pack<float> load_pack(const float* p, int64_t n) { return {{load(p, n)}}; }
+
+INLINE Pack<bfloat16> load_pack(const bfloat16* p, int64_t n) {
+    return unpacked((Words)_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+}
+
+INLINE void store_pack(float* p, Pack<float> pack, int64_t n) { store(p, pack.part[0], n); }
+
+INLINE void store_pack(bfloat16* p, Pack<bfloat16> pack, int64_t n) {
+    _mm512_mask_storeu_epi16(p, (1u << n) - 1, (__m512i)packed(pack));
+}
+#else
 template <class T>
 INLINE Pack<T> load_pack(const T* p, int64_t n) {
     T padded[Pack<T>::SIZE] = {};
@@ -117,10 +162,20 @@ INLINE void store_pack(T* p, Pack<T> pack, int64_t n) {
     store_pack(padded, pack);
     std::memcpy(p, padded, n * sizeof(T));
 }
+#endif
 
 // ---- across lanes
 
-INLINE Floats splat(float x) { return Floats{} + x; }
+// x - 0 is x for every x, unlike x + 0, so that no subtraction is left.
+INLINE Floats splat(float x) { return x - Floats{}; }
+
+// The same value, in a register: GCC would read memory again for each use of what it has loaded.
+INLINE Floats held(Floats v) {
+#ifdef __AVX512F__
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
 
 INLINE Floats maximum(Floats a, Floats b) {
     const Ints greater = a > b;

@@ -18,6 +18,7 @@ _UNLIMITED = 2**62  # keys; no context is longer, and positions minus it stay in
 class _Batch(ctypes.Structure):
     _fields_ = (
         ("cu_seqlens_q", POINTER),
+        ("context_starts", POINTER),
         ("context_lens", POINTER),
         ("block_tables", POINTER),
         ("sequences", INT),
@@ -130,12 +131,14 @@ def _cache(keys: Tensor, values: Tensor) -> _Cache:
 def _prepare_batch(batch: PagedBatch) -> Any:
     sequences, max_blocks = batch.block_tables.shape
     require(
-        batch.cu_seqlens_q.shape == (sequences + 1,) and batch.context_lens.shape == (sequences,),
+        batch.cu_seqlens_q.shape == (sequences + 1,)
+        and batch.context_starts.shape == batch.context_lens.shape == (sequences,),
         "paged_attention: the batch's tables differ in their number of sequences",
     )
     return ctypes.byref(
         _Batch(
             address(batch.cu_seqlens_q, torch.int32, "cu_seqlens_q"),
+            address(batch.context_starts, torch.int32, "context_starts"),
             address(batch.context_lens, torch.int32, "context_lens"),
             address(batch.block_tables, torch.int32, "block_tables"),
             sequences,

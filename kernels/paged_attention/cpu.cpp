@@ -11,7 +11,7 @@
 
 // Mirrored field by field in compiled.py; the meanings stand in op.py.
 struct PagedBatch {
-    const int32_t *cu_seqlens_q, *context_lens, *block_tables;
+    const int32_t *cu_seqlens_q, *context_starts, *context_lens, *block_tables;
     int64_t sequences, max_blocks;
 };
 
@@ -276,7 +276,8 @@ void attend(const Step<T>& step, const Unit& unit, Scratch<T>& s) {
     const PagedHead<T> keys(step.cache.keys, step, unit), values(step.cache.values, step, unit);
     const int64_t before = step.batch.context_lens[unit.sequence] - step.q_len(unit.sequence);
     const int64_t queries = (unit.end - unit.start) * step.group;
-    const int64_t first = max_of(0, before + unit.start + 1 - step.window);
+    const int64_t start = step.batch.context_starts[unit.sequence];
+    const int64_t first = max_of(start, before + unit.start + 1 - step.window);
     const int64_t last = before + unit.end;  // one past
 
     unpack_queries(step, unit, s);
@@ -290,7 +291,8 @@ void attend(const Step<T>& step, const Unit& unit, Scratch<T>& s) {
         unpack_values(values, base, lo, hi, s);
         const auto visible = [&](int64_t q) {
             const int64_t end = before + unit.start + q / step.group + 1;
-            return Range{max_of(end - step.window - base, 0), min_of(end - base, TILE)};
+            return Range{max_of(max_of(start, end - step.window) - base, 0),
+                         min_of(end - base, TILE)};
         };
         int64_t q = 0;
         for (; q + ROWS <= queries; q += ROWS) {
@@ -319,6 +321,9 @@ const char* check(const Step<T>& step) {
         if (step.q_len(i) < 0) return "cu_seqlens_q descends";
         if (step.q_len(i) > batch.context_lens[i])
             return "a sequence has more query rows than context";
+        if (batch.context_starts[i] < 0 ||
+            batch.context_starts[i] > batch.context_lens[i] - step.q_len(i))
+            return "a sequence's first key does not come before its query rows";
         const int64_t used = div_up(batch.context_lens[i], step.cache.block_size);
         if (used > batch.max_blocks) return "a context is longer than its block table";
         for (int64_t j = 0; j < used; ++j)

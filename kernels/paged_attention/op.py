@@ -3,11 +3,12 @@
 For query row i of a sequence with q_len query rows and context_len keys (this step's included),
 
     o_i = softmax_j(scale * q_i . k_j) v_j    over  lo <= j <= hi,
-    hi = context_len - q_len + i,  lo = max(0, hi - window + 1), or 0 without a window,
+    hi = context_len - q_len + i,  lo = max(start, hi - window + 1), or start without a window,
 
-where key j of a sequence is ``cache[block_table[j // block_size], head, j % block_size]``, and
-query head h reads KV head ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention,
-arXiv:2309.06180).
+where start is the sequence's first key (a prefix that does not fill its blocks leaves the keys
+before it empty: they are not read), key j of a sequence is
+``cache[block_table[j // block_size], head, j % block_size]``, and query head h reads KV head
+``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
 """
 
 from collections.abc import Callable
@@ -22,12 +23,15 @@ class PagedBatch:
 
     Attributes:
         cu_seqlens_q: (sequences + 1,) int32, first row of each sequence and the number of rows.
-        context_lens: (sequences,) int32, keys visible to each sequence's last row.
+        context_starts: (sequences,) int32, first key of each sequence, at most the position of its
+            first query row.
+        context_lens: (sequences,) int32, one past the last key that its last row sees.
         block_tables: (sequences, max_blocks) int32; entries past a sequence's context are not read.
         slot_mapping: (rows,) int64, block * block_size + offset where each row's key and value go.
     """
 
     cu_seqlens_q: Tensor
+    context_starts: Tensor
     context_lens: Tensor
     block_tables: Tensor
     slot_mapping: Tensor

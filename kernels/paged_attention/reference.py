@@ -27,33 +27,34 @@ def paged_attention(
     """o_i = softmax_j(scale q_i.k_j) v_j over the keys that row i may see; see ``op``."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     bounds = batch.cu_seqlens_q.tolist()
-    for index, context_len in enumerate(batch.context_lens.tolist()):
+    contexts = zip(batch.context_starts.tolist(), batch.context_lens.tolist(), strict=True)
+    for index, (start, end) in enumerate(contexts):
         rows = slice(bounds[index], bounds[index + 1])
         keys, values = (
-            _gather(cache, batch.block_tables[index], context_len)
+            _gather(cache, batch.block_tables[index], start, end)
             for cache in (key_cache, value_cache)
         )
         out[rows] = _attend(query[rows].float(), keys, values, scale, window).to(query.dtype)
     return out
 
 
-def _gather(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
-    """-> (context_len, kv_heads, head_dim) float32."""
+def _gather(cache: Tensor, block_table: Tensor, start: int, end: int) -> Tensor:
+    """-> keys or values start .. end, (keys, kv_heads, head_dim) float32."""
     block_size = cache.shape[2]
-    blocks = block_table[: -(-context_len // block_size)].long()
-    return cache[blocks].transpose(1, 2).flatten(0, 1)[:context_len].float()
+    blocks = block_table[: -(-end // block_size)].long()
+    return cache[blocks].transpose(1, 2).flatten(0, 1)[start:end].float()
 
 
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
     q_len, num_heads, _ = query.shape
-    context_len, num_kv_heads, _ = keys.shape
+    num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
     keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
-    last = torch.arange(context_len - q_len, context_len, device=query.device)[:, None]
-    position = torch.arange(context_len, device=query.device)[None, :]
+    last = torch.arange(num_keys - q_len, num_keys, device=query.device)[:, None]
+    position = torch.arange(num_keys, device=query.device)[None, :]
     visible = position <= last
     if window is not None:
         visible &= position > last - window

@@ -18,7 +18,7 @@ from .answers import (
     Usage,
 )
 from .choice import ChoiceDelta, ScoredToken
-from .generate import Gathered, Job, deltas, make_job
+from .generate import Gathered, Job, check_adapters, deltas, make_job
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .prompts import chat_prompt, check_sequences
 from .protocol import ChatBody
@@ -32,7 +32,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", dependencies=[json_only])
 async def create_chat_completion(body: ChatBody, request: Request, state: State) -> Response:
     """Add the model's turn to a conversation."""
-    state.registry.resolve(body.model)
+    check_adapters(body, state)
     check_sequences(body, 1, state)
     prompt = await chat_prompt(body, state)
     job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs)

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..engine.errors import EngineDied
-from ..generation import FinishReason, GenerationRequest, SequenceUpdate, TokenLogprobs
+from ..generation import (
+    AdapterWeight,
+    FinishReason,
+    GenerationRequest,
+    SequenceUpdate,
+    TokenLogprobs,
+)
 from ..text.detokenizer import Detokenizer
 from ..text.stop_strings import Piece, StopStrings
 from ..text.tokenizer import Tokenizer
@@ -153,7 +159,7 @@ class ChoiceText:
 
 
 async def stream_choice(
-    choice: Choice, adapter_id: int | None, state: AppState
+    choice: Choice, adapters: list[AdapterWeight], state: AppState
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Generate the choice; closing the generator aborts its sequence.
 
@@ -162,8 +168,10 @@ async def stream_choice(
         ApiError: As ``ChoiceText.take``.
     """
     text = ChoiceText(choice, state.tokenizer)
-    request = msgspec.structs.replace(choice.request, adapter_id=adapter_id)
-    with state.metrics.sequence(adapter_id, len(request.prompt_token_ids)) as record:
+    request = msgspec.structs.replace(choice.request, adapters=adapters)
+    with state.metrics.sequence(
+        [each.adapter_id for each in adapters], len(request.prompt_token_ids)
+    ) as record:
         async with aclosing(state.engine.generate(request)) as updates:
             async for update in updates:
                 if (delta := text.take(update)) is None:

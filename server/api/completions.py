@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Usage
 from .choice import ChoiceDelta, ScoredToken
-from .generate import Gathered, Job, deltas, echoed, make_job
+from .generate import Gathered, Job, check_adapters, deltas, echoed, make_job
 from .logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from .prompts import completion_prompts
 from .protocol import CompletionBody
@@ -22,7 +22,7 @@ router = APIRouter()
 @router.post("/v1/completions", dependencies=[json_only])
 async def create_completion(body: CompletionBody, request: Request, state: State) -> Response:
     """Continue one or more prompts."""
-    state.registry.resolve(body.model)
+    check_adapters(body, state)
     prompts = await completion_prompts(body, state)
     job = make_job("cmpl", body, prompts, state, _prompt_logprobs(body))
     source = deltas(job, state)

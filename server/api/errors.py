@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ...adapters.errors import AdapterError, AdapterNotFound
+from ..composition import CompositionRefused
 from ..engine.errors import EngineError, QueueFull
 from .registry import RegistryError, StillLoading, UnknownAdapter, UnknownModel
 
@@ -185,6 +186,7 @@ _TRANSLATIONS: dict[type[Exception], Translate] = {
     RequestValidationError: lambda error, _: from_validation(error),
     EngineError: lambda error, _: from_engine(error),
     RegistryError: lambda error, _: from_registry(error),
+    CompositionRefused: lambda error, _: InvalidRequest(f"{error}.", "adapters"),
     AdapterError: lambda error, _: from_adapter(error),
     # The traceback goes to the server's log alone: starlette raises the error again after this.
     Exception: lambda _, __: InternalError("Internal server error."),

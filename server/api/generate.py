@@ -17,6 +17,7 @@ from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
 from .protocol import GenerationBody
+from .registry import ModelChoice
 from .sampling import check_token_ids, max_new_tokens, sampling_params
 from .state import AppState
 
@@ -27,17 +28,36 @@ class Job:
 
     Attributes:
         id: What the client is told.
-        model: As the client named it.
+        chosen: What it runs on, as the client named it.
         prompts: One or more.
         choices: ``n`` per prompt, in order.
         created: Unix time.
     """
 
     id: str
-    model: str
+    chosen: ModelChoice
     prompts: list[TokenPrompt]
     choices: list[Choice]
     created: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def model(self) -> str:
+        """As the client named it."""
+        return self.chosen.model
+
+
+def check_adapters(body: GenerationBody, state: AppState) -> None:
+    """Refuse a model, or a combination of adapters, that is not served.
+
+    Raises:
+        RegistryError: As ``AdapterRegistry.select``.
+        CompositionRefused: The adapters cannot be combined.
+    """
+    state.registry.select(_choice(body))
+
+
+def _choice(body: GenerationBody) -> ModelChoice:
+    return ModelChoice(body.model, tuple((each.name, each.weight) for each in body.adapters))
 
 
 def make_job(
@@ -53,13 +73,19 @@ def make_job(
         InvalidRequest: Token ids or lengths the model does not have.
     """
     info = state.require_info()
+    chosen = _choice(body)
+    max_len = info.max_model_len - sum(
+        entry.info.composable.prefix_length
+        for entry, _ in state.registry.select(chosen)
+        if entry.info is not None
+    )
     check_token_ids(body, info)
     # A tokenizer may name end tokens that the model was not made with and cannot choose.
     end_token_ids = tuple(end for end in state.tokenizer.end_token_ids if end < info.vocab_size)
     job_id = f"{prefix}-{uuid4().hex}"
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
-        max_tokens = max_new_tokens(body, len(prompt.token_ids), info.max_model_len)
+        max_tokens = max_new_tokens(body, len(prompt.token_ids), max_len)
         for choice in range(body.n):
             request = GenerationRequest(
                 request_id=f"{job_id}-{number}-{choice}",
@@ -71,7 +97,7 @@ def make_job(
             choices.append(
                 Choice(len(choices), prompt, request, tuple(body.stop), body.skip_special_tokens)
             )
-    return Job(job_id, body.model, prompts, choices)
+    return Job(job_id, chosen, prompts, choices)
 
 
 async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]:
@@ -82,8 +108,8 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
         EngineError: As ``EnginePort.generate``.
         ApiError: As ``stream_choice``.
     """
-    with state.registry.lease(job.model) as adapter_id:
-        streams = [stream_choice(choice, adapter_id, state) for choice in job.choices]
+    with state.registry.lease(job.chosen) as adapters:
+        streams = [stream_choice(choice, adapters, state) for choice in job.choices]
         async with aclosing(merge(streams)) as merged:
             async for delta in merged:
                 yield delta

@@ -31,6 +31,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TEMPLATE_ARGUMENTS = 64
 MAX_FIELDS = 128
+MAX_ADAPTERS = 16
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -40,7 +41,6 @@ _ANYTHING = object()
 _INERT: dict[str, object] = dict.fromkeys(("user", "metadata", "safety_identifier"), _ANYTHING)
 # Fields of a later release or of no release, with the values that ask for nothing.
 _ASKS_NOTHING: dict[str, tuple[object, ...]] = {
-    "adapters": ([],),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "parallel_tool_calls": (True, False),
@@ -146,6 +146,13 @@ def _few_biases(value: object) -> object:
     return value
 
 
+class WeightedAdapter(Body):
+    """One of the adapters that a request sums beside the base."""
+
+    name: Text
+    weight: float = Field(default=1.0, ge=-100, le=100)
+
+
 class GenerationBody(Body):
     """The fields that completions and chat completions share."""
 
@@ -153,6 +160,7 @@ class GenerationBody(Body):
     prompt_field: ClassVar[str]
 
     model: Text
+    adapters: list[WeightedAdapter] = Field(default_factory=list, max_length=MAX_ADAPTERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)

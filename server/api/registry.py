@@ -18,8 +18,10 @@ from itertools import count
 from weakref import WeakValueDictionary
 
 from ...adapters.errors import AdapterError
+from ..composition import CompositionRefused, check_composition
 from ..engine.errors import EngineError
 from ..engine.messages import AdapterInfo
+from ..generation import AdapterWeight
 from .engine_port import AdapterPort
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -78,6 +80,19 @@ class AdapterEntry:
     info: AdapterInfo | None = None
     error: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """What a request runs on.
+
+    Attributes:
+        model: Its ``model`` field.
+        adapters: Names and weights of its ``adapters`` field, empty without one.
+    """
+
+    model: str
+    adapters: tuple[tuple[str, float], ...] = ()
 
 
 class AdapterRegistry:
@@ -197,22 +212,55 @@ class AdapterRegistry:
             )
         return entry
 
-    @contextmanager
-    def lease(self, model: str) -> Iterator[int | None]:
-        """The adapter id ``model`` means, kept in the engine while the block runs.
+    def select(self, choice: ModelChoice) -> list[tuple[AdapterEntry, float]]:
+        """The adapters a request means, with their weights; none for the bare base.
 
         Raises:
-            UnknownModel: As ``resolve``.
+            UnknownModel: As ``resolve``; or the base where an adapter belongs, or an adapter where
+                the base does.
+            StillLoading: As ``resolve``.
+            CompositionRefused: The adapters cannot be combined.
         """
+        alone = self.resolve(choice.model)
+        if not choice.adapters:
+            return [] if alone is None else [(alone, 1.0)]
+        if alone is not None:
+            raise CompositionRefused(
+                f"with 'adapters', 'model' names the base, {self.base_name!r}, and not an adapter"
+            )
+        selected = [(self._adapter(name), weight) for name, weight in choice.adapters]
+        if len({entry.adapter_id for entry, _ in selected}) < len(selected):
+            raise CompositionRefused("'adapters' names one adapter twice: add up its weights")
+        check_composition(
+            [
+                (repr(entry.name), weight, entry.info.composable)
+                for entry, weight in selected
+                if entry.info is not None
+            ]
+        )
+        return selected
+
+    @contextmanager
+    def lease(self, choice: ModelChoice) -> Iterator[list[AdapterWeight]]:
+        """The adapters a request means, kept in the engine while the block runs.
+
+        Raises:
+            UnknownModel: As ``select``.
+            CompositionRefused: As ``select``.
+        """
+        leased = [AdapterWeight(entry.adapter_id, weight) for entry, weight in self.select(choice)]
+        self._leases.update(each.adapter_id for each in leased)
+        try:
+            yield leased
+        finally:
+            for each in leased:
+                self._release(each.adapter_id)
+
+    def _adapter(self, model: str) -> AdapterEntry:
         entry = self.resolve(model)
         if entry is None:
-            yield None
-            return
-        self._leases[entry.adapter_id] += 1
-        try:
-            yield entry.adapter_id
-        finally:
-            self._release(entry.adapter_id)
+            raise UnknownModel(f"{model!r} is the base model; 'adapters' names adapters.")
+        return entry
 
     async def _load(self, name: str, path: str, old: AdapterEntry | None) -> AdapterEntry:
         entry = AdapterEntry(name, path, next(self._ids), AdapterState.LOADING)

@@ -11,8 +11,8 @@ from ...adapters.primitives import LoweredAdapter
 from ...adapters.residency import Residency
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
+from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
-from ..model.loader import load_model
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits
@@ -24,7 +24,7 @@ from .host_tier import HostTier, Lower
 from .messages import EngineInfo
 
 _ADAPTER_SLOTS_PER_SEQUENCE = 4
-"""Adapters that may be on the device, per sequence that may run: some run, some are kept warm."""
+"""Parts of adapters that may be on the device, per sequence that may run: some are kept warm."""
 
 
 def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
@@ -36,7 +36,8 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     """
     dtype, device = _resolve_dtype(config.dtype), torch.device(config.device)
     backend = _backend(config.kernels, dtype)
-    decoder = load_model(Path(config.model_folder), dtype, device, backend)
+    base = load_base(Path(config.model_folder), dtype, device, backend)
+    decoder = base.decoder
     limits, num_blocks = _limits(config, decoder)
 
     pool = AdapterPool(
@@ -46,12 +47,14 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
         dtype=dtype,
         device=device,
     )
-    host = HostTier(_lowering(decoder, dtype, pool, config), config.host_memory_budget)
+    host = HostTier(_lowering(base, pool, config), config.host_memory_budget)
     residency = Residency(pool, host.lowered)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     kv_cache = decoder.new_kv_cache(num_blocks, config.block_size)
-    runner = Runner(decoder, kv_cache, backend, pool.table, residency.slot)
-    engine = Engine(Scheduler(limits, blocks, residency), blocks, runner, host, residency)
+    runner = Runner(decoder, kv_cache, pool, backend.deltas, residency.place, host.lowered)
+    engine = Engine(
+        Scheduler(limits, blocks, residency), blocks, runner, host, residency, decoder.layout
+    )
     return engine, host, _info(config, decoder, backend, dtype, limits, num_blocks)
 
 
@@ -77,14 +80,12 @@ def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, in
     return limits, num_blocks
 
 
-def _lowering(
-    decoder: Decoder, dtype: torch.dtype, pool: AdapterPool, config: EngineConfig
-) -> Lower:
+def _lowering(base: ServedBase, pool: AdapterPool, config: EngineConfig) -> Lower:
     """How the host tier reads an adapter for this base, this pool and these budgets."""
     max_bytes = min(pool.capacity_bytes, config.host_memory_budget)
 
     def lower_to_fit(path: Path) -> LoweredAdapter:
-        adapter = lower(path, decoder.layout, dtype, max_bytes)
+        adapter = lower(path, base, max_bytes)
         if not pool.fits_at_all(adapter):
             raise AdapterTooLarge(
                 f"the adapter at {path} needs {adapter.num_device_bytes} bytes on the device, more "

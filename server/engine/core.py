@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...adapters.errors import AdapterError
+from ...adapters.layout import BaseLayout
+from ...adapters.pool import Placement
 from ...adapters.primitives import LoweredAdapter
 from ...adapters.residency import Residency
 from ..generation import FinishReason, GenerationRequest, SequenceUpdate
@@ -12,6 +14,7 @@ from ..scheduler.block_manager import BlockManager
 from ..scheduler.errors import SequenceRefused
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
+from .composition import composable, use_adapters
 from .host_tier import HostTier, LoadResult
 from .messages import (
     Abort,
@@ -35,12 +38,25 @@ class _Registration:
     Attributes:
         announced: Whether its first load has been answered.
         unloading: Whether it goes as soon as no request holds it.
-        waiting: Requests that wait for it to be in host memory.
+        waiting: Ids of the requests that wait for it to be in host memory.
     """
 
     announced: bool = False
     unloading: bool = False
-    waiting: list[GenerationRequest] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that has not ended.
+
+    Attributes:
+        request: What was asked for.
+        missing: Its adapters that are not in host memory yet.
+    """
+
+    request: GenerationRequest
+    missing: set[int] = field(default_factory=set)
 
 
 class Engine:
@@ -52,16 +68,18 @@ class Engine:
         blocks: BlockManager,
         runner: Runner,
         host: HostTier,
-        residency: Residency[LoweredAdapter],
+        residency: Residency[LoweredAdapter, Placement],
+        layout: BaseLayout,
     ) -> None:
-        """Drive these parts; nothing else may touch them."""
+        """Drive these parts of the base of ``layout``; nothing else may touch them."""
+        self._layout = layout
         self._scheduler = scheduler
         self._blocks = blocks
         self._runner = runner
         self._host = host
         self._residency = residency
         self._registrations: dict[int, _Registration] = {}
-        self._live: dict[str, int | None] = {}
+        self._live: dict[str, _Live] = {}
         self._events: list[Event] = []
         self._updates: list[SequenceUpdate] = []
         self._arrivals = 0
@@ -126,15 +144,16 @@ class Engine:
         return events
 
     def _submit(self, request: GenerationRequest) -> None:
-        adapter_id = request.adapter_id
-        if adapter_id is not None and not self._is_served(adapter_id):
+        if not all(self._is_served(each.adapter_id) for each in request.adapters):
             self._updates.append(_failed(request.request_id, "the adapter is not loaded"))
             return
-        self._live[request.request_id] = adapter_id
-        if adapter_id is None or self._host.hold(adapter_id):
+        live = self._live[request.request_id] = _Live(request)
+        for each in request.adapters:
+            if not self._host.hold(each.adapter_id):
+                live.missing.add(each.adapter_id)
+                self._registrations[each.adapter_id].waiting.add(request.request_id)
+        if not live.missing:
             self._start(request)
-        else:
-            self._registrations[adapter_id].waiting.append(request)
 
     def _is_served(self, adapter_id: int) -> bool:
         registration = self._registrations.get(adapter_id)
@@ -142,24 +161,17 @@ class Engine:
 
     def _start(self, request: GenerationRequest) -> None:
         self._arrivals += 1
+        adapters = [self._host.lowered(each.adapter_id) for each in request.adapters]
         try:
-            self._scheduler.add(Sequence(request, self._salt(request), self._arrivals))
+            use = use_adapters(request, adapters, self._layout)
+            self._scheduler.add(Sequence(request, use, self._arrivals))
         except SequenceRefused as error:
             self._report(_failed(request.request_id, str(error)))
-
-    def _salt(self, request: GenerationRequest) -> bytes:
-        """What keeps the request's cached prefixes from others': adapter version and cache salt."""
-        adapter_id = request.adapter_id
-        digest = "" if adapter_id is None else self._host.lowered(adapter_id).digest
-        return f"{digest}/{request.cache_salt or ''}".encode()
 
     def _abort(self, request_id: str) -> None:
         if request_id not in self._live:
             return
-        adapter_id = self._live[request_id]
-        if not self._scheduler.abort(request_id) and adapter_id is not None:
-            registration = self._registrations[adapter_id]
-            registration.waiting = [r for r in registration.waiting if r.request_id != request_id]
+        self._scheduler.abort(request_id)
         self._forget(request_id)
 
     def _report(self, update: SequenceUpdate) -> None:
@@ -168,24 +180,29 @@ class Engine:
             self._forget(update.request_id)
 
     def _forget(self, request_id: str) -> None:
-        adapter_id = self._live.pop(request_id)
-        if adapter_id is not None:
-            self._host.release(adapter_id)
-            self._unload_if_idle(adapter_id)
+        live = self._live.pop(request_id)
+        for adapter_id in live.missing:
+            self._registrations[adapter_id].waiting.discard(request_id)
+        for each in live.request.adapters:
+            self._host.release(each.adapter_id)
+            self._unload_if_idle(each.adapter_id)
 
     def _end_load(self, result: LoadResult) -> None:
         registration = self._registrations[result.adapter_id]
-        waiting, registration.waiting = registration.waiting, []
+        waiting = [self._live[request_id] for request_id in sorted(registration.waiting)]
+        registration.waiting.clear()
         if isinstance(result.outcome, LoweredAdapter):
             if not registration.announced:
                 self._events.append(AdapterLoaded(result.adapter_id, _info(result.outcome)))
             registration.announced = True
-            for request in waiting:
-                self._start(request)
+            for live in waiting:
+                live.missing.discard(result.adapter_id)
+                if not live.missing:
+                    self._start(live.request)
         else:
-            for request in waiting:
+            for live in waiting:
                 reason = f"its adapter could not be loaded: {result.outcome}"
-                self._report(_failed(request.request_id, reason))
+                self._report(_failed(live.request.request_id, reason))
             if not (registration.announced or registration.unloading):
                 self._refuse(result.adapter_id, result.outcome)
 
@@ -253,5 +270,6 @@ def _info(adapter: LoweredAdapter) -> AdapterInfo:
         rank=adapter.rank,
         num_parameters=adapter.num_elements,
         num_bytes=adapter.num_bytes,
-        targets=sorted({primitive.target.path for primitive in adapter.primitives}),
+        targets=sorted({primitive.path for primitive in adapter.primitives}),
+        composable=composable(adapter),
     )

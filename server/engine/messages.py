@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ..composition import Composable
 from ..generation import GenerationRequest, SequenceUpdate
 
 
@@ -66,6 +67,7 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     num_parameters: int
     num_bytes: int
     targets: list[str]
+    composable: Composable = Composable()
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):

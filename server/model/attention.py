@@ -1,6 +1,8 @@
 """Self-attention over the paged KV cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -30,13 +32,13 @@ class Step:
 
     Attributes:
         kv: Where keys and values live.
-        batch: How rows lie over sequences and cache blocks.
+        batches: Per layer, how rows lie over sequences and cache blocks.
         rotation: cos and sin of the rows' positions, None where positions are learned.
         deltas: The rows' adapters, None without any.
     """
 
     kv: KVCache
-    batch: PagedBatch
+    batches: Sequence[PagedBatch]
     rotation: tuple[Tensor, Tensor] | None
     deltas: AdapterBatch | None
 
@@ -49,12 +51,19 @@ class QKNorm:
     key: RMSNorm
 
 
+class SideAttention(Enum):
+    """Where PEFT adds an adaption prompt's attention in a family: to the heads, or behind them."""
+
+    BEFORE_OUT = auto()
+    AFTER_OUT = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention of one layer.
 
     Attributes:
-        layer: Index into the cache.
+        layer: Index into the cache, and where adapters know it.
         qkv: One GEMM, its output the heads of q, then of k, then of v.
         out: From all heads back to the residual stream.
         num_heads: Query heads.
@@ -62,6 +71,7 @@ class Attention:
         head_dim: Width of one head.
         window: Keys back that a row sees, its own included; None sees all.
         qk_norm: None in most families.
+        side_attention: Where adapters' own attention is added.
         backend: Device operations.
     """
 
@@ -73,17 +83,32 @@ class Attention:
     head_dim: int
     window: int | None
     qk_norm: QKNorm | None
+    side_attention: SideAttention
     backend: Backend
+
+    @property
+    def _scale(self) -> float:
+        return float(self.head_dim**-0.5)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) -> (rows, hidden); the rows' keys and values enter the cache."""
         query, key, value = self._project(x, step)
         keys, values = step.kv.keys[self.layer], step.kv.values[self.layer]
-        self.backend.write_kv(key, value, keys, values, step.batch.slot_mapping)
+        batch = step.batches[self.layer]
+        self.backend.write_kv(key, value, keys, values, batch.slot_mapping)
         attended = self.backend.paged_attention(
-            query, keys, values, step.batch, self.head_dim**-0.5, self.window
+            query, keys, values, batch, self._scale, self.window
         )
-        return self.out.forward(attended.flatten(1), step.deltas)
+        if self.side_attention is SideAttention.BEFORE_OUT:
+            self._attend_aside(attended, query, step)
+        y = self.out.forward(attended.flatten(1), step.deltas)
+        if self.side_attention is SideAttention.AFTER_OUT:
+            self._attend_aside(y.view_as(attended), query, step)
+        return y
+
+    def _attend_aside(self, out: Tensor, query: Tensor, step: Step) -> None:
+        if step.deltas is not None:
+            step.deltas.attention(out, query, self.layer, self.num_kv_heads, self._scale)
 
     def _project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """-> query (rows, heads, head_dim), key and value (rows, kv_heads, head_dim)."""
@@ -91,7 +116,8 @@ class Attention:
         heads = self.qkv.forward(x, step.deltas).view(-1, sum(counts), self.head_dim)
         query, key, value = torch.split(heads, counts, dim=1)
         if self.qk_norm is not None:
-            query, key = self.qk_norm.query.forward(query), self.qk_norm.key.forward(key)
+            query = self.qk_norm.query.forward(query, step.deltas)
+            key = self.qk_norm.key.forward(key, step.deltas)
         if step.rotation is not None:
             self.backend.rotary(query, key, *step.rotation)
         return query, key, value

@@ -9,12 +9,12 @@ from torch.nn import functional
 from ...adapters.batch import AdapterBatch
 from ...kernels.backend import Backend
 from ...kernels.linear.op import LinearOp
-from ...kernels.low_rank.op import SiteTargets
+from ...kernels.tables import SiteTargets
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One GEMM and the adapters' corrections to it: y = x Wᵀ + b, then += each row's own delta.
+    """One GEMM and the adapters' corrections to it: y = x Wᵀ + b, each row changed by its own.
 
     Attributes:
         base: x Wᵀ + b, the targets' weights one below the other; see ``kernels/linear/op.py``.
@@ -26,66 +26,88 @@ class Linear:
 
     def forward(self, x: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """x (rows, in) -> y (rows, out)."""
-        y = self.base(x)
-        if deltas is not None:
-            deltas.add(y, x, self.targets)
-        return y
+        return self.base(x) if deltas is None else deltas.linear(self.base, x, self.targets)
 
 
 class Norm(Protocol):
     """A normalisation of the residual stream, with the addition that comes before it."""
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """residual += x in place, then the normalised residual."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """y = weight * x / sqrt(mean(x²) + eps); see ``kernels/rms_norm/op.py``."""
+    """y = weight * x / sqrt(mean(x²) + eps); see ``kernels/rms_norm/op.py``.
+
+    Attributes:
+        weight: (size,).
+        eps: Added to the mean of squares.
+        row: Where adapters know it: its index in the layout.
+        backend: Device operations.
+    """
 
     weight: Tensor
     eps: float
+    row: int
     backend: Backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """x (rows, size) or (rows, heads, size) -> y of the same shape."""
-        return self.backend.rms_norm(x, self.weight, self.eps)
+        y = self.backend.rms_norm(x, self.weight, self.eps)
+        if deltas is not None:
+            deltas.norm(y, x, self.row, self.eps, centered=False)
+        return y
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """residual += x in place, then the normalised residual."""
-        return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
+        y = self.backend.add_rms_norm(x, residual, self.weight, self.eps)
+        if deltas is not None:
+            deltas.norm(y, residual, self.row, self.eps, centered=False)
+        return y
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias."""
+    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias.
+
+    Attributes:
+        weight: (size,).
+        bias: (size,).
+        eps: Added to the variance.
+        row: Where adapters know it: its index in the layout.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    row: int
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """residual += x in place, then the normalised residual."""
         residual += x
-        return functional.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+        y = functional.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+        if deltas is not None:
+            deltas.norm(y, residual, self.row, self.eps, centered=True)
+        return y
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Token vectors, plus position vectors where positions are learned.
+    """One table of vectors.
 
     Attributes:
-        tokens: (vocab, hidden).
-        positions: (max_position, hidden), or None.
+        weight: (entries, hidden).
+        row: Where adapters know it: its index in the layout.
     """
 
-    tokens: Tensor
-    positions: Tensor | None = None
+    weight: Tensor
+    row: int
 
-    def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Two (rows,) int64 -> a new (rows, hidden)."""
-        x = functional.embedding(token_ids, self.tokens)
-        if self.positions is not None:
-            x += functional.embedding(positions, self.positions)
+    def forward(self, ids: Tensor, deltas: AdapterBatch | None) -> Tensor:
+        """(rows,) int64 -> a new (rows, hidden)."""
+        x = functional.embedding(ids, self.weight)
+        if deltas is not None:
+            deltas.embedding(x, ids, self.row)
         return x

@@ -1,4 +1,4 @@
-"""Turns a checkpoint's tensors into blocks, and lists the modules that adapters may change.
+"""Turns a checkpoint's tensors into blocks, and lists the places that adapters may change.
 
 Tensors are copied one by one into their place in the fused weights, so that beside the model itself
 no copy of it is ever held.
@@ -9,17 +9,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...adapters.layout import BaseLayout, LinearSite, LinearTarget
+from ...adapters.layout import (
+    BaseLayout,
+    EmbeddingSite,
+    LayerSite,
+    LinearSite,
+    LinearTarget,
+    NormSite,
+)
 from ...kernels.linear.op import PrepareLinear
-from ...kernels.low_rank.op import SiteTargets
-from .blocks import Linear
+from ...kernels.tables import SiteTargets
+from .blocks import Embedding, Linear
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ModelCorrupt
 
+_HEAD = "lm_head"
+
 
 class ModelBuilder:
-    """Reads blocks in the order of execution; every ``Linear`` becomes a site of the layout."""
+    """Reads blocks in the order of execution, and notes each as a place of the layout."""
 
     def __init__(
         self,
@@ -34,6 +43,9 @@ class ModelBuilder:
         self._device = device
         self._prepare_linear = prepare_linear
         self._sites: list[LinearSite] = []
+        self._norms: list[NormSite] = []
+        self._embeddings: list[EmbeddingSite] = []
+        self._layers: list[LayerSite] = []
         self._num_targets = 0
 
     @property
@@ -60,7 +72,7 @@ class ModelBuilder:
                 self._stack(weights, [(size, in_features) for size in sizes], (total, in_features)),
                 self._stack(biases, [(size,) for size in sizes], (total,)) if bias else None,
             ),
-            self._add_site(in_features, outs),
+            self._add_site(in_features, outs, has_bias=bias),
         )
 
     def conv1d(self, path: str, in_features: int, out_features: int) -> Linear:
@@ -69,7 +81,7 @@ class ModelBuilder:
         bias = self.tensor(f"{path}.bias", out_features)
         return Linear(
             self._prepare_linear(stored.t().contiguous(), bias),
-            self._add_site(in_features, {path: out_features}),
+            self._add_site(in_features, {path: out_features}, has_bias=True, is_transposed=True),
         )
 
     def head(self, config: ModelConfig, embedding: Tensor) -> Linear:
@@ -78,14 +90,33 @@ class ModelBuilder:
         Raises:
             ModelCorrupt: Tied by the config, yet stored with another value than the embedding's.
         """
-        outs = {"lm_head": config.vocab_size}
+        outs = {_HEAD: config.vocab_size}
         if not config.tie_word_embeddings:
             return self.linear(config.hidden_size, outs, bias=False)
         if "lm_head.weight" in self._checkpoint:
             self._check_tied(embedding)
         return Linear(
-            self._prepare_linear(embedding, None), self._add_site(config.hidden_size, outs)
+            self._prepare_linear(embedding, None),
+            self._add_site(config.hidden_size, outs, has_bias=False),
         )
+
+    def norm(self, path: str, size: int, *, has_bias: bool) -> NormSite:
+        """Note a norm, whose tensors the caller reads."""
+        site = NormSite(path, len(self._norms), size, has_bias)
+        self._norms.append(site)
+        return site
+
+    def embedding(self, path: str, num_embeddings: int, size: int) -> Embedding:
+        """One ``nn.Embedding``."""
+        index = len(self._embeddings)
+        self._embeddings.append(EmbeddingSite(path, index, num_embeddings, size))
+        return Embedding(self.tensor(f"{path}.weight", num_embeddings, size), index)
+
+    def layer(self, path: str, attention_path: str) -> LayerSite:
+        """Note a layer, whose blocks the caller builds."""
+        site = LayerSite(path, len(self._layers), attention_path)
+        self._layers.append(site)
+        return site
 
     def finish(self, config: ModelConfig) -> BaseLayout:
         """The layout of everything built.
@@ -96,10 +127,18 @@ class ModelBuilder:
         self._checkpoint.check_all_read()
         return BaseLayout(
             model_type=config.model_type,
-            num_layers=config.num_layers,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position=config.max_position,
+            tied_head=config.tie_word_embeddings,
+            head_path=_HEAD,
             sites=tuple(self._sites),
+            norms=tuple(self._norms),
+            embeddings=tuple(self._embeddings),
+            layers=tuple(self._layers),
         )
 
     def _stack(
@@ -126,11 +165,18 @@ class ModelBuilder:
                 "set tie_word_embeddings to false in config.json"
             )
 
-    def _add_site(self, in_features: int, outs: Mapping[str, int]) -> SiteTargets:
+    def _add_site(
+        self,
+        in_features: int,
+        outs: Mapping[str, int],
+        *,
+        has_bias: bool,
+        is_transposed: bool = False,
+    ) -> SiteTargets:
         first = self._num_targets
         site = LinearSite(
             tuple(
-                LinearTarget(path, first + position, in_features, size)
+                LinearTarget(path, first + position, in_features, size, has_bias, is_transposed)
                 for position, (path, size) in enumerate(outs.items())
             )
         )

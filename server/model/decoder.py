@@ -4,13 +4,15 @@ Inference only, so no ``nn.Module``: tensors in frozen dataclasses, called under
 ``torch.inference_mode`` by the runner.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...adapters.base import PrefixKV
 from ...adapters.batch import AdapterBatch
-from ...adapters.layout import BaseLayout
+from ...adapters.layout import BaseLayout, Half
 from ...kernels.paged_attention.op import PagedBatch
 from .attention import Attention, KVCache, Step
 from .blocks import Embedding, Linear, Norm
@@ -36,7 +38,8 @@ class Decoder:
     Attributes:
         config: Sizes and variants.
         layout: The modules that adapters may change.
-        embedding: Rows in.
+        tokens: Rows in.
+        positions: Added to the rows where positions are learned, else None.
         layers: In order.
         final_norm: After the last layer.
         head: Rows out; shares the embedding's weight where the two are tied.
@@ -45,7 +48,8 @@ class Decoder:
 
     config: ModelConfig
     layout: BaseLayout
-    embedding: Embedding
+    tokens: Embedding
+    positions: Embedding | None
     layers: tuple[DecoderLayer, ...]
     final_norm: Norm
     head: Linear
@@ -55,12 +59,12 @@ class Decoder:
     def kv_bytes_per_token(self) -> int:
         """Cache memory of one token over all layers."""
         config = self.config
-        itemsize = self.embedding.tokens.element_size()
+        itemsize = self.tokens.weight.element_size()
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """A cache of ``num_blocks`` blocks, uninitialised: memory is touched where it is used."""
-        config, like = self.config, self.embedding.tokens
+        config, like = self.config, self.tokens.weight
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         keys, values = (
             tuple(
@@ -76,7 +80,7 @@ class Decoder:
         token_ids: Tensor,
         positions: Tensor,
         kv: KVCache,
-        batch: PagedBatch,
+        batches: Sequence[PagedBatch],
         deltas: AdapterBatch | None,
     ) -> Tensor:
         """Run every row through all layers and the final norm.
@@ -85,20 +89,32 @@ class Decoder:
             token_ids: (rows,) int64.
             positions: (rows,) int64, each below ``config.max_position``.
             kv: From ``new_kv_cache``; gains the rows' keys and values.
-            batch: How rows lie over sequences and cache blocks.
+            batches: Per layer, how rows lie over sequences and cache blocks.
             deltas: The rows' adapters, None for the plain base path.
 
         Returns:
             (rows, hidden), after the final norm: what ``logits`` takes.
         """
-        rotation = None if self.rotary is None else self.rotary.at(positions)
-        step = Step(kv, batch, rotation, deltas)
-        residual = self.embedding.forward(token_ids, positions)
-        x = torch.zeros_like(residual)
-        for layer in self.layers:
-            x = layer.attention.forward(layer.attention_norm.add(x, residual), step)
-            x = layer.mlp.forward(layer.mlp_norm.add(x, residual), deltas)
-        return self.final_norm.add(x, residual)
+        x = self.tokens.forward(token_ids, deltas)
+        return self._run(x, positions, kv, batches, deltas)
+
+    @torch.inference_mode()
+    def encode(self, embeddings: Tensor) -> PrefixKV:
+        """Keys and values of the bare base for rows (length, hidden) given in the place of tokens.
+
+        The rows stand at the positions 0, 1, ...; what is computed is what a prompt of tokens with
+        these embeddings would leave in the cache.
+        """
+        length, device = len(embeddings), self.tokens.weight.device
+        kv = self.new_kv_cache(1, length)
+        self._run(
+            embeddings.to(device, self.tokens.weight.dtype, copy=True),
+            torch.arange(length, device=device),
+            kv,
+            [_one_sequence(length, device)] * self.config.num_layers,
+            None,
+        )
+        return PrefixKV(*(torch.cat(layers).clone() for layers in (kv.keys, kv.values)))
 
     def logits(self, hidden: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """Head over chosen rows of ``forward``'s result.
@@ -111,3 +127,38 @@ class Decoder:
             (n, vocab) float32.
         """
         return self.head.forward(hidden, deltas).float()
+
+    def _run(
+        self,
+        residual: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        batches: Sequence[PagedBatch],
+        deltas: AdapterBatch | None,
+    ) -> Tensor:
+        """All layers over the embedded rows (rows, hidden), which are changed."""
+        if self.positions is not None:
+            residual += self.positions.forward(positions, deltas)
+        rotation = None if self.rotary is None else self.rotary.at(positions)
+        step = Step(kv, batches, rotation, deltas)
+        x = torch.zeros_like(residual)
+        for index, layer in enumerate(self.layers):
+            x = layer.attention.forward(layer.attention_norm.add(x, residual, deltas), step)
+            if deltas is not None:
+                deltas.half(x, residual, index, Half.ATTENTION)
+            x = layer.mlp.forward(layer.mlp_norm.add(x, residual, deltas), deltas)
+            if deltas is not None:
+                deltas.half(x, residual, index, Half.MLP)
+        return self.final_norm.add(x, residual, deltas)
+
+
+def _one_sequence(length: int, device: torch.device) -> PagedBatch:
+    """A whole sequence in the only block of a cache."""
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return PagedBatch(
+        cu_seqlens_q=bounds,
+        context_starts=bounds[:1],
+        context_lens=bounds[1:],
+        block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
+        slot_mapping=torch.arange(length, device=device),
+    )

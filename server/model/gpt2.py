@@ -1,8 +1,8 @@
 """GPT-2: layer norms, learned positions and a plain MLP, its projections stored transposed."""
 
 from ...kernels.backend import Backend
-from .attention import Attention
-from .blocks import Embedding, LayerNorm
+from .attention import Attention, SideAttention
+from .blocks import LayerNorm
 from .builder import ModelBuilder
 from .config import ModelConfig
 from .decoder import Decoder, DecoderLayer
@@ -12,15 +12,16 @@ from .mlp import PlainMLP
 def assemble(config: ModelConfig, builder: ModelBuilder, backend: Backend) -> Decoder:
     """Under the module names of GPT2LMHeadModel; c_attn is one adapter target for q, k and v."""
     hidden = config.hidden_size
-    tokens = builder.tensor("transformer.wte.weight", config.vocab_size, hidden)
-    positions = builder.tensor("transformer.wpe.weight", config.max_position, hidden)
+    tokens = builder.embedding("transformer.wte", config.vocab_size, hidden)
+    positions = builder.embedding("transformer.wpe", config.max_position, hidden)
     layers = tuple(_layer(config, builder, backend, index) for index in range(config.num_layers))
     final_norm = _norm(config, builder, "transformer.ln_f")
-    head = builder.head(config, tokens)
+    head = builder.head(config, tokens.weight)
     return Decoder(
         config=config,
         layout=builder.finish(config),
-        embedding=Embedding(tokens, positions),
+        tokens=tokens,
+        positions=positions,
         layers=layers,
         final_norm=final_norm,
         head=head,
@@ -32,6 +33,7 @@ def _layer(
     config: ModelConfig, builder: ModelBuilder, backend: Backend, index: int
 ) -> DecoderLayer:
     path = f"transformer.h.{index}"
+    builder.layer(path, f"{path}.attn")
     return DecoderLayer(
         attention_norm=_norm(config, builder, f"{path}.ln_1"),
         attention=_attention(config, builder, backend, index),
@@ -53,6 +55,7 @@ def _attention(
         head_dim=config.head_dim,
         window=config.windows[index],
         qk_norm=None,
+        side_attention=SideAttention.AFTER_OUT,
         backend=backend,
     )
 
@@ -70,4 +73,5 @@ def _norm(config: ModelConfig, builder: ModelBuilder, path: str) -> LayerNorm:
     weight, bias = (
         builder.tensor(f"{path}.{kind}", config.hidden_size) for kind in ("weight", "bias")
     )
-    return LayerNorm(weight, bias, config.norm_eps)
+    site = builder.norm(path, config.hidden_size, has_bias=True)
+    return LayerNorm(weight, bias, config.norm_eps, site.index)

@@ -3,8 +3,8 @@
 import torch
 
 from ...kernels.backend import Backend
-from .attention import Attention, QKNorm
-from .blocks import Embedding, RMSNorm
+from .attention import Attention, QKNorm, SideAttention
+from .blocks import RMSNorm
 from .builder import ModelBuilder
 from .config import ModelConfig
 from .decoder import Decoder, DecoderLayer
@@ -15,14 +15,15 @@ from .rope import RotaryTable, rotary_table
 def assemble(config: ModelConfig, builder: ModelBuilder, backend: Backend) -> Decoder:
     """RMS norms, rotary embedding and a gated MLP, under the module names of LlamaForCausalLM."""
     hidden = config.hidden_size
-    tokens = builder.tensor("model.embed_tokens.weight", config.vocab_size, hidden)
+    tokens = builder.embedding("model.embed_tokens", config.vocab_size, hidden)
     layers = tuple(_layer(config, builder, backend, index) for index in range(config.num_layers))
     final_norm = _norm(config, builder, backend, "model.norm", hidden)
-    head = builder.head(config, tokens)
+    head = builder.head(config, tokens.weight)
     return Decoder(
         config=config,
         layout=builder.finish(config),
-        embedding=Embedding(tokens),
+        tokens=tokens,
+        positions=None,
         layers=layers,
         final_norm=final_norm,
         head=head,
@@ -40,6 +41,7 @@ def _layer(
     config: ModelConfig, builder: ModelBuilder, backend: Backend, index: int
 ) -> DecoderLayer:
     path, hidden = f"model.layers.{index}", config.hidden_size
+    builder.layer(path, f"{path}.self_attn")
     return DecoderLayer(
         attention_norm=_norm(config, builder, backend, f"{path}.input_layernorm", hidden),
         attention=_attention(config, builder, backend, index),
@@ -65,6 +67,7 @@ def _attention(
         head_dim=config.head_dim,
         window=config.windows[index],
         qk_norm=_qk_norm(config, builder, backend, path) if config.qk_norm else None,
+        side_attention=SideAttention.BEFORE_OUT,
         backend=backend,
     )
 
@@ -89,4 +92,5 @@ def _mlp(config: ModelConfig, builder: ModelBuilder, backend: Backend, path: str
 def _norm(
     config: ModelConfig, builder: ModelBuilder, backend: Backend, path: str, size: int
 ) -> RMSNorm:
-    return RMSNorm(builder.tensor(f"{path}.weight", size), config.norm_eps, backend)
+    site = builder.norm(path, size, has_bias=False)
+    return RMSNorm(builder.tensor(f"{path}.weight", size), config.norm_eps, site.index, backend)

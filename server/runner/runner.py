@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ...adapters.batch import AdapterBatch
-from ...kernels.backend import Backend
-from ...kernels.low_rank.op import LowRankTable, Segments
+from ...adapters.batch import AdapterBatch, RowRange, make_batch
+from ...adapters.pool import AdapterPool
+from ...adapters.primitives import LoweredAdapter
+from ...kernels.backend import DeltaOps
 from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
-from ..scheduler.plan import ScheduledSequence, SequenceResult, StepPlan
-from .batch import StepBatch, build_batch, make_segments
+from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
+from .batch import FindAdapter, Passes, StepBatch, StepItem, build_batch
+from .prefix import load_prefix
 from .sampler import Choice, report_logprobs, sample
 
 _HEAD_ROWS = 64
@@ -26,64 +28,91 @@ class Runner:
         self,
         decoder: Decoder,
         kv_cache: KVCache,
-        backend: Backend,
-        table: LowRankTable,
-        adapter_slot: Callable[[int], int],
+        pool: AdapterPool,
+        ops: DeltaOps,
+        find_adapter: FindAdapter,
+        lowered: Callable[[int], LoweredAdapter],
     ) -> None:
-        """Run ``decoder`` over ``kv_cache``; ``adapter_slot`` maps an adapter id into ``table``."""
+        """Run ``decoder`` over ``kv_cache``.
+
+        Args:
+            decoder: The base.
+            kv_cache: Its cache.
+            pool: The adapters on the device.
+            ops: How they are computed.
+            find_adapter: Where the adapter of an id is in the pool.
+            lowered: The adapter of an id in host memory, for its prefix.
+        """
         self._decoder = decoder
         self._kv_cache = kv_cache
-        self._backend = backend
-        self._table = table
-        self._adapter_slot = adapter_slot
+        self._pool = pool
+        self._ops = ops
+        self._find_adapter = find_adapter
+        self._lowered = lowered
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SequenceResult]:
         """One result per scheduled sequence, in the plan's order."""
-        device = self._table.pool.device
-        batch = build_batch(plan, self._adapter_slot, self._kv_cache.block_size, device)
-        deltas = self._deltas(batch.segments)
+        for load in plan.prefix_loads:
+            self._load(load)
+        batch = build_batch(
+            plan,
+            self._find_adapter,
+            self._decoder.config.num_layers,
+            self._kv_cache.block_size,
+            self._pool.device,
+        )
         hidden = self._decoder.forward(
-            batch.token_ids, batch.positions, self._kv_cache, batch.paged, deltas
+            batch.token_ids,
+            batch.positions,
+            self._kv_cache,
+            batch.paged,
+            make_batch(self._pool, self._ops, batch.passes),
         )
         choices = iter(self._sample(batch, hidden))
         results: dict[ScheduledSequence, SequenceResult] = {}
-        for index, item in enumerate(batch.items):
-            choice = next(choices) if item.samples else Choice(None)
-            results[item] = SequenceResult(
+        for item in batch.items:
+            choice = next(choices) if item.scheduled.samples else Choice(None)
+            results[item.scheduled] = SequenceResult(
                 token_id=choice.token_id,
                 logprobs=choice.logprobs,
-                prompt_logprobs=tuple(self._prompt_logprobs(batch, index, hidden)),
+                prompt_logprobs=tuple(self._prompt_logprobs(item, hidden)),
                 error=choice.error,
             )
         return [results[item] for item in plan.scheduled]
 
-    def _deltas(self, segments: Segments | None) -> AdapterBatch | None:
-        if segments is None:
-            return None
-        return AdapterBatch(self._table, segments, self._backend.add_low_rank)
+    def _load(self, load: PrefixLoad) -> None:
+        adapters = [self._lowered(adapter_id) for adapter_id in load.prefix.adapter_ids]
+        prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
+        load_prefix(self._kv_cache, load, prefixes)
+
+    def _head_deltas(self, passes: Passes) -> AdapterBatch | None:
+        """What adapters change behind the layers; for most that is nothing."""
+        at_head = ([each for each in ranges if self._changes_head(each)] for ranges in passes)
+        return make_batch(self._pool, self._ops, at_head)
+
+    def _changes_head(self, rows: RowRange) -> bool:
+        return self._pool.changes_head(rows.slot)
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> list[Choice]:
-        sequences = [item.sequence for item in batch.items if item.samples]
+        sequences = [item.scheduled.sequence for item in batch.items if item.scheduled.samples]
         if not sequences:
             return []
-        deltas = self._deltas(batch.sample_segments)
+        deltas = self._head_deltas(batch.sample_passes)
         return sample(self._decoder.logits(hidden[batch.sample_rows], deltas), sequences)
 
-    def _prompt_logprobs(
-        self, batch: StepBatch, index: int, hidden: Tensor
-    ) -> Iterator[TokenLogprobs]:
+    def _prompt_logprobs(self, item: StepItem, hidden: Tensor) -> Iterator[TokenLogprobs]:
         """Of the prompt tokens that follow this step's rows of one item, a few rows at a time."""
-        item, first = batch.items[index], batch.first_rows[index]
-        num_top = item.sequence.sampling.prompt_logprobs
-        end = min(item.end, item.sequence.prompt_len - 1)
+        scheduled = item.scheduled
+        num_top = scheduled.sequence.sampling.prompt_logprobs
+        last = min(scheduled.end, scheduled.sequence.prompt_len - 1)
         if num_top is None:
             return
-        for start in range(item.start, end, _HEAD_ROWS):
-            stop = min(start + _HEAD_ROWS, end)
-            rows = hidden[first + start - item.start : first + stop - item.start]
-            bounds = (0, stop - start)
-            segments = make_segments(batch.adapter_slots[index : index + 1], bounds, rows.device)
-            logits = self._decoder.logits(rows, self._deltas(segments))
-            next_tokens = item.sequence.token_ids[start + 1 : stop + 1]
+        for start in range(scheduled.start, last, _HEAD_ROWS):
+            end = min(start + _HEAD_ROWS, last)
+            first_row = item.first_row + start - scheduled.start
+            ranges = (each for each in item.ranges(start, end, 0) if each is not None)
+            deltas = self._head_deltas([[each] for each in ranges])
+            logits = self._decoder.logits(hidden[first_row : first_row + end - start], deltas)
+            next_tokens = scheduled.sequence.token_ids[start + 1 : end + 1]
             yield from report_logprobs(logits, next_tokens, num_top)

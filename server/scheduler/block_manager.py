@@ -9,14 +9,19 @@ Every block is in exactly one state:
 Only full blocks are shared, and a sequence writes behind its full blocks. So nothing is written to
 a block that two sequences hold, with one exception: a block that a step fills may be shared in that
 very step, because in each layer all of a step's keys and values are written before any is read.
+
+The keys and values that adapters put before a sequence lie in blocks like any other: all sequences
+of an adapter hold the same ones, and when none does they stay findable until their room is needed.
+They are given by the adapter, not by tokens, so they are shared with prefix caching off as well.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .block_hash import block_hashes
+from .block_hash import block_hashes, prefix_hash
 from .errors import KVAccountingError
+from .plan import PrefixLoad
 from .sequence import Sequence
 
 _NONE: Mapping[bytes, int] = MappingProxyType({})
@@ -86,29 +91,47 @@ class BlockManager:
             found.append(block)
         return found
 
-    def can_allocate(self, cached: list[int], num_tokens: int, spare: int = 0) -> bool:
-        """Whether ``num_tokens`` tokens, ``cached`` among them, fit and leave ``spare`` blocks."""
-        num_shared = sum(1 for block in cached if self._ref_counts[block])
-        return self._blocks_for(num_tokens) - num_shared + spare <= self.num_free
+    def num_prefix_blocks(self, sequence: Sequence) -> int:
+        """Blocks that the prefix of the sequence's adapters fills, the first perhaps in part."""
+        prefix = sequence.adapters.prefix
+        return 0 if prefix is None else self._blocks_for(prefix.length)
 
-    def allocate(self, sequence: Sequence, cached: list[int], num_tokens: int) -> None:
-        """Give the sequence the ``cached`` blocks and new ones, for ``num_tokens`` tokens in all.
+    def can_allocate(
+        self, sequence: Sequence, cached: list[int], num_tokens: int, spare: int = 0
+    ) -> bool:
+        """Whether its prefix and ``num_tokens`` tokens, ``cached`` among them, fit.
+
+        ``spare`` more blocks must stay free.
+        """
+        held = [*cached, *(block for block in self._found_prefix(sequence) if block is not None)]
+        num_shared = sum(1 for block in held if self._ref_counts[block])
+        num_blocks = self.num_prefix_blocks(sequence) + self._blocks_for(num_tokens)
+        return num_blocks - num_shared + spare <= self.num_free
+
+    def allocate(self, sequence: Sequence, cached: list[int], num_tokens: int) -> PrefixLoad | None:
+        """Give the sequence its prefix, the ``cached`` blocks and new ones up to ``num_tokens``.
+
+        Returns:
+            What of the prefix is not in the cache and must be written there before the sequence
+            runs; None if nothing.
 
         Raises:
             KVAccountingError: The sequence holds blocks already, or ``can_allocate`` would say no.
         """
-        if sequence in self._holders or not self.can_allocate(cached, num_tokens):
+        if sequence in self._holders or not self.can_allocate(sequence, cached, num_tokens):
             raise KVAccountingError(
                 f"cannot allocate {num_tokens} tokens to {sequence.request.request_id}:"
                 f" it holds {len(sequence.block_table)} blocks and {self.num_free} are free"
             )
         self._holders.add(sequence)
-        for block in cached:
-            if not self._ref_counts[block]:
-                del self._cached_free[block]
-            self._ref_counts[block] += 1
+        found = self._found_prefix(sequence)
+        # What is there is held before anything is taken, or taking could evict it.
+        for block in (*cached, *(block for block in found if block is not None)):
+            self._hold(block)
         sequence.block_table = list(cached)
+        load = self._take_prefix(sequence, found)
         self.extend(sequence, num_tokens)
+        return load
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make the table cover ``num_tokens`` tokens; False, with nothing done, if it cannot."""
@@ -150,7 +173,7 @@ class BlockManager:
         if sequence not in self._holders:
             raise KVAccountingError(f"{sequence.request.request_id} holds no blocks to free")
         self._holders.remove(sequence)
-        for block in reversed(sequence.block_table):
+        for block in (*reversed(sequence.block_table), *reversed(sequence.prefix_blocks)):
             self._ref_counts[block] -= 1
             if self._ref_counts[block]:
                 continue
@@ -159,6 +182,7 @@ class BlockManager:
             else:
                 self._cached_free[block] = None
         sequence.block_table = []
+        sequence.prefix_blocks = []
 
     def record_lookup(self, num_tokens: int, num_found: int) -> None:
         """Count one lookup of an admitted sequence in the statistics."""
@@ -180,6 +204,32 @@ class BlockManager:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def _found_prefix(self, sequence: Sequence) -> list[int | None]:
+        """The blocks of its prefix, None for those that are not in the cache."""
+        prefix = sequence.adapters.prefix
+        if prefix is None:
+            return []
+        names = (prefix_hash(prefix.name, i) for i in range(self.num_prefix_blocks(sequence)))
+        return [self._block_of.get(name) for name in names]
+
+    def _take_prefix(self, sequence: Sequence, found: list[int | None]) -> PrefixLoad | None:
+        """Complete the sequence's prefix with new blocks, findable from now on."""
+        prefix = sequence.adapters.prefix
+        missing: dict[int, int] = {}
+        for index, block in enumerate(found):
+            if prefix is not None and block is None:
+                block = missing[index] = self._take()
+                name = prefix_hash(prefix.name, index)
+                self._hash_of[block], self._block_of[name] = name, block
+            if block is not None:
+                sequence.prefix_blocks.append(block)
+        return PrefixLoad(prefix, missing) if prefix is not None and missing else None
+
+    def _hold(self, block: int) -> None:
+        if not self._ref_counts[block]:
+            del self._cached_free[block]
+        self._ref_counts[block] += 1
+
     def _take(self) -> int:
         if self._free:
             block = self._free.pop()
@@ -196,7 +246,11 @@ class BlockManager:
             self._hash_of[block] = None
 
     def _check_references(self) -> None:
-        tables = Counter(block for holder in self._holders for block in holder.block_table)
+        tables = Counter(
+            block
+            for holder in self._holders
+            for block in (*holder.prefix_blocks, *holder.block_table)
+        )
         counted = {block: count for block, count in enumerate(self._ref_counts) if count}
         if counted != tables:
             raise KVAccountingError(f"reference counts {counted} but block tables {dict(tables)}")

@@ -1,9 +1,10 @@
 """What the scheduler tells the runner to compute, and what the runner tells it back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..generation import TokenLogprobs
-from .sequence import Sequence
+from .sequence import Prefix, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +30,31 @@ class ScheduledSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixLoad:
+    """Keys and values of adapters that are to be written to the cache.
+
+    Attributes:
+        prefix: What they are.
+        blocks: Cache block by its index in the prefix, for the blocks to be written.
+    """
+
+    prefix: Prefix
+    blocks: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: which tokens of which sequences run together.
 
     Attributes:
         scheduled: What the runner computes.
+        prefix_loads: What is written to the cache before.
         unservable: Sequences that can never run, because their adapter gets no slot even while
             nothing else runs; ``commit`` ends them.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
+    prefix_loads: tuple[PrefixLoad, ...] = ()
     unservable: tuple[Sequence, ...] = ()
 
     @property

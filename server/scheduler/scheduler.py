@@ -15,7 +15,7 @@ from .block_manager import BlockManager
 from .errors import AccountingError, SequenceRefused, SequenceTooLong
 from .limits import SchedulerLimits
 from .outcome import failed, outcome
-from .plan import ScheduledSequence, SequenceResult, StepPlan
+from .plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
 from .sequence import Sequence
 from .waiting import WaitingQueue
 
@@ -33,6 +33,7 @@ class _Step:
 
     budget: int
     scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    prefix_loads: list[PrefixLoad] = field(default_factory=list)
     unservable: list[Sequence] = field(default_factory=list)
     preempted: bool = False
 
@@ -73,13 +74,15 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
-        self._refused: set[int | None] = set()
+        self._refused: set[int] = set()
         """Adapters that got no slot; nothing can have changed until some sequence releases one."""
 
-    @property
-    def max_tokens_that_fit(self) -> int:
-        """Tokens of one sequence at most: what the model and the whole cache can hold."""
-        return min(self.limits.max_model_len, self._blocks.num_tokens)
+    def max_tokens_that_fit(self, sequence: Sequence) -> int:
+        """Tokens of the sequence at most: what model and cache can hold beside its prefix."""
+        prefix, blocks = sequence.adapters.prefix, self._blocks
+        positions = 0 if prefix is None else prefix.length
+        slots = blocks.num_prefix_blocks(sequence) * blocks.block_size
+        return min(self.limits.max_model_len - positions, blocks.num_tokens - slots)
 
     @property
     def num_running(self) -> int:
@@ -125,7 +128,9 @@ class Scheduler:
         # What a preemption freed belongs to those it was freed for.
         if not step.preempted:
             self._admit(step)
-        return StepPlan(tuple(step.scheduled.values()), tuple(step.unservable))
+        return StepPlan(
+            tuple(step.scheduled.values()), tuple(step.prefix_loads), tuple(step.unservable)
+        )
 
     def commit(self, plan: StepPlan, results: Iterable[SequenceResult]) -> list[SequenceUpdate]:
         """Take in the results of ``plan``, one per scheduled sequence, and end what is complete.
@@ -174,11 +179,14 @@ class Scheduler:
                 f"nothing is left to generate: {sequence.num_output_tokens} tokens are there and"
                 f" max_tokens is {request.sampling.max_tokens}"
             )
-        if len(sequence.token_ids) >= self.max_tokens_that_fit:
+        longest = self.max_tokens_that_fit(sequence)
+        if len(sequence.token_ids) >= longest:
+            prefix = sequence.adapters.prefix
+            beside = "" if prefix is None else f" beside the adapter's prefix of {prefix.length}"
             raise SequenceTooLong(
                 f"the sequence has {len(sequence.token_ids)} tokens, but this server holds at most"
-                f" {self.max_tokens_that_fit} tokens of prompt and output: shorten the prompt (or"
-                " serve with a larger --max-model-len or --memory-budget)"
+                f" {longest} tokens of prompt and output{beside}: shorten the prompt (or serve with"
+                " a larger --max-model-len or --memory-budget)"
             )
         self._check_token_ids(sequence)
 
@@ -232,17 +240,18 @@ class Scheduler:
         coming = self._coming(step)
         while self._has_room(step) and position < len(self._waiting):
             sequence = self._waiting[position]
-            if sequence.request.adapter_id not in self._refused:
+            if self._refused.isdisjoint(sequence.adapters.adapter_ids):
                 cached = self._blocks.find_cached(sequence, sequence.cache_limit, coming)
                 if not self._fits(sequence, cached):
                     break
-                if self._acquire_adapter(sequence):
-                    self._start(self._waiting.pop(position), cached)
+                refused = self._acquire_adapters(sequence)
+                if refused is None:
+                    self._start(self._waiting.pop(position), cached, step)
                     item = step.put(sequence)
                     coming |= self._blocks.filled(sequence, item.start, item.end)
                     overtaken = position
                     continue
-                self._refused.add(sequence.request.adapter_id)
+                self._refused.add(refused)
             if not self._running:
                 del self._sequences[self._waiting.pop(position).request.request_id]
                 step.unservable.append(sequence)
@@ -266,14 +275,23 @@ class Scheduler:
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
         # One spare block for every running sequence, or its next tokens would preempt this one.
         spare = len(self._running)
-        return self._blocks.can_allocate(cached, len(sequence.token_ids), spare)
+        return self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
 
-    def _acquire_adapter(self, sequence: Sequence) -> bool:
-        adapter_id = sequence.request.adapter_id
-        return adapter_id is None or self._adapters.acquire(adapter_id)
+    def _acquire_adapters(self, sequence: Sequence) -> int | None:
+        """Hold all its adapters on the device, or none of them: then the one that has no room."""
+        held: list[int] = []
+        for adapter_id in sequence.adapters.adapter_ids:
+            if not self._adapters.acquire(adapter_id):
+                for other in held:
+                    self._adapters.release(other)
+                return adapter_id
+            held.append(adapter_id)
+        return None
 
-    def _start(self, sequence: Sequence, cached: list[int]) -> None:
-        self._blocks.allocate(sequence, cached, len(sequence.token_ids))
+    def _start(self, sequence: Sequence, cached: list[int], step: _Step) -> None:
+        load = self._blocks.allocate(sequence, cached, len(sequence.token_ids))
+        if load is not None:
+            step.prefix_loads.append(load)
         sequence.num_computed_tokens = len(cached) * self._blocks.block_size
         sequence.num_overtaken = 0
         self._running[sequence.request.request_id] = sequence
@@ -285,7 +303,7 @@ class Scheduler:
 
     def _commit(self, item: ScheduledSequence, result: SequenceResult) -> SequenceUpdate | None:
         sequence = item.sequence
-        update = outcome(item, result, self.max_tokens_that_fit)
+        update = outcome(item, result, self.max_tokens_that_fit(sequence))
         if result.error is None:
             sequence.num_computed_tokens = item.end
             self._blocks.publish(sequence, item.start, item.end)
@@ -304,6 +322,6 @@ class Scheduler:
         """Take it off the device."""
         del self._running[sequence.request.request_id]
         self._blocks.free(sequence)
-        if sequence.request.adapter_id is not None:
-            self._adapters.release(sequence.request.adapter_id)
+        for adapter_id in sequence.adapters.adapter_ids:
+            self._adapters.release(adapter_id)
             self._refused.clear()

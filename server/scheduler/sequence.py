@@ -5,18 +5,93 @@ from dataclasses import dataclass, field
 from ..generation import GenerationRequest, SamplingParams
 
 
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Positions ``start .. end`` of a sequence that one part of an adapter corrects.
+
+    Attributes:
+        adapter_id: The adapter.
+        part: Index of the part.
+        start: First position.
+        end: One past the last, None for all that follow.
+        weight: What its corrections are multiplied by.
+    """
+
+    adapter_id: int
+    part: int
+    start: int
+    end: int | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values that adapters put before a sequence's own, in blocks of their own.
+
+    They end where their last block ends, so that the sequence's first token begins a block; the
+    keys before them in their first block are empty, and attention skips them.
+
+    Attributes:
+        name: What they are, for all sequences that share them.
+        length: Keys of a layer.
+        position_offset: Added to the position of each of the sequence's tokens.
+        adapter_ids: Whose they are, in order.
+        layers: Those that attend to them, ascending; None for all of them.
+    """
+
+    name: bytes
+    length: int
+    position_offset: int
+    adapter_ids: tuple[int, ...]
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Salt:
+    """What the contents of cached blocks depend on beside their tokens.
+
+    Attributes:
+        position: First position whose keys and values depend on it.
+        value: What it is.
+    """
+
+    position: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """What a request's adapters do to its sequence; nothing, for the bare base.
+
+    Attributes:
+        adapter_ids: Those that must be on the device.
+        activations: Their corrections by position; the nth overlaps others only as a sum.
+        prefix: Their keys and values, None without any.
+        salts: Of their positions.
+    """
+
+    adapter_ids: tuple[int, ...] = ()
+    activations: tuple[Activation, ...] = ()
+    prefix: Prefix | None = None
+    salts: tuple[Salt, ...] = ()
+
+
+NO_ADAPTER = AdapterUse()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The mutable state of one request in the engine; only the scheduler changes it.
 
     Attributes:
         request: What was asked for.
-        salt: What separates its cached prefixes from others': adapter digest and cache salt.
+        adapters: What its adapters do to it.
         arrival: Order of arrival, which breaks ties of priority.
         token_ids: Prompt and output.
         num_computed_tokens: Leading tokens whose keys and values are in the cache.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
-        block_table: Cache blocks, in order.
+        prefix_blocks: Cache blocks of its adapters' prefix, shared with other sequences.
+        block_table: Cache blocks of its own tokens, in order.
         block_hashes: Names of its leading full blocks, as far as they were needed.
         num_prompt_logprobs: Prompt log-probabilities sent, where asked for.
         num_preemptions: Times it was taken off the device to be recomputed.
@@ -24,11 +99,12 @@ class Sequence:
     """
 
     request: GenerationRequest
-    salt: bytes
+    adapters: AdapterUse
     arrival: int
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    prefix_blocks: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_prompt_logprobs: int = 0
@@ -38,6 +114,11 @@ class Sequence:
     def __post_init__(self) -> None:
         """Start from the prompt and any output to resume."""
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    @property
+    def position_offset(self) -> int:
+        """Added to the index of a token for its position."""
+        return 0 if self.adapters.prefix is None else self.adapters.prefix.position_offset
 
     @property
     def sampling(self) -> SamplingParams:

@@ -1,40 +1,34 @@
-"""Bases, their layouts and adapters on them, for every test of adapters."""
+"""Bases and adapters on them, for every test of adapters."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import PreTrainedModel
-
-from deltamux.adapters.layout import BaseLayout
 
 from . import peft_oracle
+from .peft_oracle import TinyBase
 
 Save = Callable[..., Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
-def bases() -> dict[str, PreTrainedModel]:
-    """The pristine models; PEFT changes what it wraps, so wrap a copy."""
-    return {name: peft_oracle.build_base(name).eval() for name in ("llama", "qwen2", "gpt2")}
+def tiny(tiny_model: Callable[..., Path]) -> Callable[[str], TinyBase]:
+    """A family's tiny base; the same object for the same family."""
+    loaded: dict[str, TinyBase] = {}
 
+    def load(family: str) -> TinyBase:
+        if family not in loaded:
+            loaded[family] = TinyBase.load(tiny_model(family))
+        return loaded[family]
 
-@pytest.fixture(scope="session")
-def layouts(bases: dict[str, PreTrainedModel]) -> dict[str, BaseLayout]:
-    return {family: peft_oracle.layout_of(model) for family, model in bases.items()}
+    return load
 
 
 @pytest.fixture
-def save_lora(bases: dict[str, PreTrainedModel], tmp_path: Path) -> Save:
-    """``peft_oracle.save_lora`` on a base by its name, into ``tmp_path / name``."""
+def save_lora(tiny: Callable[[str], TinyBase], tmp_path: Path) -> Save:
+    """``peft_oracle.save_lora`` on a family's tiny base, into ``tmp_path / name``."""
 
     def save(family: str, name: str = "adapter", **arguments: object) -> Path:
-        return peft_oracle.save_lora(bases[family], tmp_path / name, **arguments)
+        return peft_oracle.save_lora(tiny(family), tmp_path / name, **arguments)
 
     return save

@@ -1,159 +1,131 @@
-"""The device tier over poisoned memory: deltas through the kernels' reference, and the books."""
+"""The device tier over poisoned memory: corrections through the reference ops, and the books."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltamux.adapters.batch import group_rows
+from deltamux.adapters.batch import RowRange, make_batch
 from deltamux.adapters.extents import ExtentError, Extents
 from deltamux.adapters.layout import BaseLayout, LinearSite, LinearTarget
-from deltamux.adapters.lower import lower
 from deltamux.adapters.pool import AdapterPool
-from deltamux.adapters.primitives import LoweredAdapter, LowRank, OutputBias
+from deltamux.adapters.primitives import Affine, Dense, LoweredAdapter, Part, Sparse
 from deltamux.adapters.residency import Residency, ResidencyError
-from deltamux.kernels.low_rank.op import Segments, SiteTargets
-from deltamux.kernels.low_rank.reference import add_low_rank
-
-from .peft_oracle import ROOM, peft_deltas, reload
+from deltamux.adapters.scope import EveryPosition
+from deltamux.kernels.backend import reference_backend
+from deltamux.kernels.tables import SiteTargets
 
 CPU = torch.device("cpu")
+OPS = reference_backend().deltas
 
 
-def new_pool(layout, num_slots=4, capacity_bytes=1 << 20, dtype=torch.float32) -> AdapterPool:
-    pool = AdapterPool(layout, num_slots, capacity_bytes, dtype, CPU)
-    pool.table.pool.fill_(float("nan"))
+def site(*targets: LinearTarget) -> LinearSite:
+    return LinearSite(targets)
+
+
+LAYOUT = BaseLayout(
+    model_type="toy",
+    hidden_size=24,
+    vocab_size=24,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=24,
+    max_position=64,
+    tied_head=False,
+    head_path="head",
+    sites=(
+        site(LinearTarget("a", 0, 24, 40, False), LinearTarget("b", 1, 24, 8, False)),
+        site(LinearTarget("c", 2, 40, 24, False)),
+        site(LinearTarget("head", 3, 24, 24, False)),
+    ),
+    norms=(),
+    embeddings=(),
+    layers=(),
+)
+
+
+def new_pool(num_slots=4, capacity_bytes=1 << 20, dtype=torch.float32) -> AdapterPool:
+    pool = AdapterPool(LAYOUT, num_slots, capacity_bytes, dtype, CPU)
+    pool.tables[Affine].numbers.fill_(float("nan"))
     return pool
 
 
 def free_bytes(pool: AdapterPool) -> int:
-    return pool._extents.free * pool.table.pool.itemsize
+    return pool._extents.free
 
 
-def segments_of(slots: list[int | None]) -> Segments:
-    groups = group_rows(slots)
-    parts = np.array(groups, dtype=np.int32).reshape(-1, 3).T.copy()
-    return Segments(*(torch.from_numpy(part) for part in parts))
+def one_part(*primitives) -> Part:
+    return Part(EveryPosition(), primitives)
 
 
-def batch_deltas(pool, layout, slots, inputs) -> dict[str, torch.Tensor]:
-    """Module path -> what add_low_rank adds, site by site, to a batch of one row per slot."""
-    deltas = {}
-    for site in layout.sites:
-        x = inputs(site.targets[0].path, site.in_features)
-        y = torch.zeros(len(slots), site.out_features)
-        sizes = tuple(target.out_features for target in site.targets)
-        targets = SiteTargets(site.targets[0].index, site.out_starts, sizes)
-        add_low_rank(y, x, pool.table, targets, segments_of(slots))
-        for target, part in zip(site.targets, y.split(sizes, dim=1), strict=True):
-            deltas[target.path] = part
-    return deltas
-
-
-MIXED = {
-    "llama": [
-        {"r": 1, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"]},
-        {"r": 16, "use_rslora": True, "target_modules": "all-linear"},
-        {"r": 256, "target_modules": ["k_proj", "lm_head"], "layers_to_transform": None},
-        {"r": 5, "lora_bias": True, "target_modules": ["v_proj", "up_proj"]},
-    ],
-    "qwen2": [
-        {"r": 2, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 7, "target_modules": ["k_proj"], "layers_to_transform": [1]},
-    ],
-    "gpt2": [
-        {"r": 4, "target_modules": ["c_attn", "c_proj"]},
-        {"r": 3, "lora_bias": True, "target_modules": ["c_fc"]},
-        {"r": 9, "alpha_pattern": {"c_attn": 40}, "target_modules": ["c_attn"]},
-    ],
-}
-
-
-@pytest.mark.parametrize("family", MIXED)
-def test_a_mixed_batch_equals_peft_row_by_row(family, save_lora, bases, layouts):
-    layout, configs = layouts[family], MIXED[family]
-    folders = [save_lora(family, name=str(i), seed=i, **c) for i, c in enumerate(configs)]
-    pool = new_pool(layout)
-    slots = [pool.install(lower(folder, layout, torch.float32, ROOM)) for folder in folders]
-    assert None not in slots
-    rows = [None, *sorted([*slots, *slots, slots[-1]]), None, None]
-
-    def inputs(path, width):  # q, k, v read one x, as do gate and up
-        generator = torch.Generator().manual_seed(sum(path.rpartition(".")[0].encode()))
-        return torch.randn(len(rows), width, generator=generator)
-
-    actual = batch_deltas(pool, layout, rows, inputs)
-    for folder, slot in zip(folders, slots, strict=True):
-        expected = peft_deltas(reload(bases[family], folder), inputs)
-        mine = [row for row, other in enumerate(rows) if other == slot]
-        for path, delta in actual.items():
-            wanted = expected.get(path, torch.zeros_like(delta))
-            torch.testing.assert_close(delta[mine], wanted[mine], atol=1e-5, rtol=1e-5)
-    base_rows = [row for row, other in enumerate(rows) if other is None]
-    for delta in actual.values():
-        assert not delta[base_rows].any()
-
-
-SITE = LinearSite((LinearTarget("a", 0, 24, 40), LinearTarget("b", 1, 24, 8)))
-LAYOUT = BaseLayout("toy", 1, 24, 97, (SITE, LinearSite((LinearTarget("c", 2, 40, 24),))))
-
-
-def toy(ranks: dict[str, int], biases: str = "", seed: int = 0) -> LoweredAdapter:
+def toy(ranks: dict[str, int], biases: str = "", seed: int = 0, parts: int = 1) -> LoweredAdapter:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
         return torch.randn(*shape, generator=generator)
 
-    primitives = []
-    for path, target in LAYOUT.targets.items():
-        if rank := ranks.get(path, 0):
-            a, b = noise(rank, target.in_features), noise(rank, target.out_features)
-            primitives.append(LowRank(target, a, b))
-        if path in biases:
-            primitives.append(OutputBias(target, noise(target.out_features)))
-    return LoweredAdapter(f"{seed}", "lora", "peft", max(ranks.values(), default=0), (*primitives,))
+    def primitive(target):
+        rank = ranks.get(target.path, 0)
+        return Affine(
+            target,
+            noise(rank, target.in_features) if rank else None,
+            noise(rank, target.out_features) if rank else None,
+            noise(target.out_features) if target.path in biases else None,
+        )
+
+    adapted = [target for target in LAYOUT.iter_targets() if target.path in {*ranks, *biases}]
+    return LoweredAdapter(
+        f"{seed}",
+        "lora",
+        "peft",
+        tuple(one_part(*(primitive(target) for target in adapted)) for _ in range(parts)),
+    )
 
 
-def delta_of(pool: AdapterPool, slot: int, path: str) -> torch.Tensor:
-    return batch_deltas(pool, LAYOUT, [slot], lambda _, width: torch.ones(1, width))[path][0]
+def delta(pool: AdapterPool, slots: list[int], path: str) -> torch.Tensor:
+    """What the parts in the slots add to a row of ones on one module."""
+    target = LAYOUT.targets[path]
+    batch = make_batch(pool, OPS, [[RowRange(0, 1, slot, 1.0)] for slot in slots])
+    if batch is None:
+        return torch.zeros(target.out_features)
+    targets = SiteTargets(target.index, (0,), (target.out_features,))
+    x = torch.ones(1, target.in_features)
+    return batch.linear(lambda x: torch.zeros(len(x), target.out_features), x, targets)[0]
 
 
 def expected_delta(adapter: LoweredAdapter, path: str) -> torch.Tensor:
-    target = LAYOUT.targets[path]
-    delta = torch.zeros(target.out_features)
+    total = torch.zeros(LAYOUT.targets[path].out_features)
     for primitive in adapter.primitives:
-        if primitive.target is target:
-            if isinstance(primitive, LowRank):
-                delta = delta + primitive.a.sum(1) @ primitive.b
-            else:
-                delta = delta + primitive.bias
-    return delta
+        if primitive.path == path:
+            if primitive.a is not None:
+                total = total + primitive.a.sum(1) @ primitive.b
+            if primitive.bias is not None:
+                total = total + primitive.bias
+    return total
 
 
-def assert_serves(pool: AdapterPool, slot: int, adapter: LoweredAdapter) -> None:
+def assert_serves(pool: AdapterPool, placement, adapter: LoweredAdapter) -> None:
     for path in LAYOUT.targets:
-        actual, expected = delta_of(pool, slot, path), expected_delta(adapter, path)
+        actual, expected = delta(pool, placement.slots, path), expected_delta(adapter, path)
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_the_table_is_the_same_object_for_ever():
-    pool = new_pool(LAYOUT)
-    table, pointer = pool.table, pool.table.pool.data_ptr()
-    slot = pool.install(toy({"a": 3}))
-    pool.remove(slot)
-    assert pool.table is table
-    assert pool.table.pool.data_ptr() == pointer
+def test_the_tables_are_the_same_objects_for_ever():
+    pool = new_pool()
+    tables, pointer = dict(pool.tables), pool.tables[Affine].numbers.data_ptr()
+    pool.remove(pool.install(toy({"a": 3})))
+    assert all(pool.tables[kind] is table for kind, table in tables.items())
+    assert pool.tables[Affine].numbers.data_ptr() == pointer
 
 
 def test_offsets_are_aligned_to_64_bytes():
     for dtype in (torch.float32, torch.bfloat16):
-        pool = new_pool(LAYOUT, dtype=dtype)
+        pool = new_pool(dtype=dtype)
         for seed in range(3):
-            slot = pool.install(toy({"a": 3, "b": 1, "c": 5}, "abc", seed))
-            for offsets in (pool.table.a_offset, pool.table.b_offset, pool.table.bias_offset):
-                assert not (offsets[:, slot] * dtype.itemsize % 64).any()
+            placement = pool.install(toy({"a": 3, "b": 1, "c": 5}, "abc", seed))
+            assert len(placement.starts) == 9
+            assert not any(start % 64 for start in placement.starts)
 
 
 def test_memory_is_rank_exact():
@@ -163,18 +135,19 @@ def test_memory_is_rank_exact():
 
 
 def test_a_slot_is_reused_without_traces_of_its_last_adapter():
-    pool = new_pool(LAYOUT, num_slots=1)
+    pool = new_pool(num_slots=1)
     first, second = toy({"a": 9, "b": 2}, "abc", 1), toy({"c": 2}, "b", 2)
-    slot = pool.install(first)
-    assert_serves(pool, slot, first)
-    pool.remove(slot)
-    assert pool.install(second) == slot
-    assert_serves(pool, slot, second)
+    placement = pool.install(first)
+    assert_serves(pool, placement, first)
+    pool.remove(placement)
+    again = pool.install(second)
+    assert again.slots == placement.slots
+    assert_serves(pool, again, second)
 
 
 def test_no_room_changes_nothing():
     small, large = toy({"a": 2}, "a", 1), toy({"a": 40, "c": 40}, "", 2)
-    pool = new_pool(LAYOUT, num_slots=2, capacity_bytes=4096)
+    pool = new_pool(num_slots=2, capacity_bytes=4096)
     assert not pool.fits_at_all(large)
     slot, free = pool.install(small), free_bytes(pool)
     assert pool.install(large) is None
@@ -185,25 +158,108 @@ def test_no_room_changes_nothing():
 
 
 def test_slots_run_out_before_memory():
-    pool = new_pool(LAYOUT, num_slots=2)
-    slots = [pool.install(toy({"a": 1}, seed=i)) for i in range(3)]
-    assert slots == [0, 1, None]
-    assert pool.evictions_for(toy({"a": 1}), [1, 0]) == 1
+    pool = new_pool(num_slots=2)
+    first, second, third = [pool.install(toy({"a": 1}, seed=i)) for i in range(3)]
+    assert (first.slots, second.slots, third) == ((0,), (1,), None)
+    assert pool.evictions_for(toy({"a": 1}), [second, first]) == 1
+    assert pool.evictions_for(toy({"a": 1}, parts=2), [second, first]) == 2
+    assert not pool.fits_at_all(toy({"a": 1}, parts=3))
     assert pool.evictions_for(toy({"a": 1}), []) is None
 
 
 def test_a_pool_without_slots_or_memory():
-    assert new_pool(LAYOUT, num_slots=0).install(toy({"a": 1})) is None
-    assert new_pool(LAYOUT, capacity_bytes=0).install(toy({"a": 1})) is None
+    assert new_pool(num_slots=0).install(toy({"a": 1})) is None
+    assert new_pool(capacity_bytes=0).install(toy({"a": 1})) is None
 
 
-def test_removing_an_empty_slot():
-    with pytest.raises(ExtentError, match="slot 1 is empty"):
-        new_pool(LAYOUT).remove(1)
+def test_removing_what_is_not_there():
+    pool = new_pool()
+    placement = pool.install(toy({"a": 1}))
+    pool.remove(placement)
+    with pytest.raises(ExtentError, match="not in the pool"):
+        pool.remove(placement)
+
+
+def test_every_part_has_a_slot_and_shared_tensors_lie_there_once():
+    target = LAYOUT.targets["a"]
+    shared = torch.randn(4, 24)
+    first, second = (Affine(target, shared, torch.randn(4, 40)) for _ in range(2))
+    adapter = LoweredAdapter("d", "vera", "peft", (one_part(first), one_part(second)))
+    pool = new_pool()
+    placement = pool.install(adapter)
+    assert (len(placement.slots), len(placement.starts)) == (2, 3)
+    assert adapter.num_device_bytes == 4 * (4 * 24 + 2 * 4 * 40)
+    expected = expected_delta(adapter, "a")
+    torch.testing.assert_close(delta(pool, placement.slots, "a"), expected)
+    pool.check_integrity()
+
+
+def test_indices_lie_beside_numbers_of_another_width():
+    rows, columns, values = [7, 7, 39], [3, 20, 0], [2.0, 4.0, 8.0]
+    sparse = Sparse(
+        LAYOUT.targets["a"],
+        torch.tensor([sum(row < o for row in rows) for o in range(41)], dtype=torch.int32),
+        torch.tensor(columns, dtype=torch.int32),
+        torch.tensor(values, dtype=torch.bfloat16),
+    )
+    expected = torch.zeros(40)
+    expected[7], expected[39] = 6, 8
+    pool = new_pool(dtype=torch.bfloat16)
+    pool.install(toy({}))
+    placement = pool.install(LoweredAdapter("d", "shira", "peft", (one_part(sparse),)))
+    torch.testing.assert_close(delta(pool, placement.slots, "a"), expected)
+    pool.check_integrity()
+
+
+def test_only_what_changes_the_head_is_looked_at_behind_the_layers():
+    pool = new_pool()
+    layers, head = pool.install(toy({"a": 2})), pool.install(toy({"a": 2, "head": 1}))
+    assert not pool.changes_head(*layers.slots)
+    assert pool.changes_head(*head.slots)
+    pool.remove(head)
+    assert not pool.changes_head(*pool.install(toy({"a": 2})).slots)
+
+
+def test_a_batch_has_only_what_its_adapters_have():
+    pool = new_pool()
+    affine = pool.install(toy({"a": 2}))
+    weight = torch.randn(24, 40)
+    dense = pool.install(
+        LoweredAdapter("d", "x", "y", (one_part(Dense(LAYOUT.targets["c"], weight)),))
+    )
+    empty = pool.install(LoweredAdapter("e", "x", "y", (one_part(),)))
+    batches = {
+        placement: make_batch(pool, OPS, [[RowRange(0, 3, placement.slots[0], 1.0)]])
+        for placement in (affine, dense, empty)
+    }
+    assert batches[empty] is None
+    assert [len(batches[one]._linear) for one in (affine, dense)] == [1, 1]
+    assert batches[affine]._linear[0].rows == (True, False, False, False)
+    assert batches[dense]._linear[0].rows == (False, False, True, False)
+    assert make_batch(pool, OPS, [[], []]) is None
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_passes_add_up_with_their_weights(overlapping):
+    pool = new_pool()
+    adapters = [toy({"a": 3}, "a", seed) for seed in range(2)]
+    [one], [two] = (pool.install(adapter).slots for adapter in adapters)
+    ranges = [RowRange(0, 4, one, 0.5), RowRange(2 if overlapping else 4, 6, two, -2.0)]
+    batch = make_batch(pool, OPS, [[each] for each in ranges] if overlapping else [ranges])
+    target = LAYOUT.targets["a"]
+    y = batch.linear(
+        lambda x: torch.zeros(len(x), 40),
+        torch.ones(7, 24),
+        SiteTargets(target.index, (0,), (40,)),
+    )
+    expected = torch.zeros(7, 40)
+    for each, adapter in zip(ranges, adapters, strict=True):
+        expected[each.start : each.end] += each.weight * expected_delta(adapter, "a")
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_free_bytes_return():
-    pool = new_pool(LAYOUT, capacity_bytes=10_000)
+    pool = new_pool(capacity_bytes=10_000)
     free = free_bytes(pool)
     adapters = [toy({"a": 3 + i}, "b", i) for i in range(3)]
     slots = [pool.install(adapter) for adapter in adapters]
@@ -215,7 +271,7 @@ def test_free_bytes_return():
 
 def test_what_cannot_fit_is_told_by_sizes_alone(monkeypatch):
     """Hundreds of adapters may wait for a full pool, and each asks again and again."""
-    pool = new_pool(LAYOUT, num_slots=2, capacity_bytes=toy({"a": 9}).num_device_bytes)
+    pool = new_pool(num_slots=2, capacity_bytes=toy({"a": 9}).num_device_bytes)
     slot = pool.install(toy({"a": 9}))
     monkeypatch.setattr(Extents, "copy", None)
     assert pool.evictions_for(toy({"a": 1}), []) is None
@@ -240,10 +296,10 @@ class Traffic(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.adapters = [
-            toy({"a": 1 + 5 * (i % 3), "c": i}, "abc"[: i % 4], seed=i)
+            toy({"a": 1 + 5 * (i % 3), "c": i}, "abc"[: i % 4], seed=i, parts=1 + (i == 3))
             for i in range(1, self.ADAPTERS + 1)
         ]
-        self.pool = new_pool(LAYOUT, num_slots=4, capacity_bytes=8000)
+        self.pool = new_pool(num_slots=4, capacity_bytes=8000)
         self.capacity = free_bytes(self.pool)
         self.residency = Residency(self.pool, self.adapters.__getitem__)
         self.holders = [0] * self.ADAPTERS
@@ -252,12 +308,12 @@ class Traffic(RuleBasedStateMachine):
     @rule(adapter=st.integers(0, ADAPTERS - 1))
     def acquire(self, adapter):
         before = self.residency.resident()
-        slots = {other: self.residency.slot(other) for other in before}
+        slots = {other: self.residency.place(other) for other in before}
         if not self.residency.acquire(adapter):
             assert any(self.holders), "everything could have made way"
             assert adapter not in before
             assert self.residency.resident() == before
-            assert {other: self.residency.slot(other) for other in before} == slots
+            assert {other: self.residency.place(other) for other in before} == slots
             return
         self.holders[adapter] += 1
         gone = set(before) - set(self.residency.resident())
@@ -293,10 +349,10 @@ class Traffic(RuleBasedStateMachine):
     @rule(adapter=st.integers(0, ADAPTERS - 1))
     def serve(self, adapter):
         if adapter in self.residency.resident():
-            assert_serves(self.pool, self.residency.slot(adapter), self.adapters[adapter])
+            assert_serves(self.pool, self.residency.place(adapter), self.adapters[adapter])
         else:
             with pytest.raises(ResidencyError):
-                self.residency.slot(adapter)
+                self.residency.place(adapter)
 
     @invariant()
     def books_balance(self):
@@ -304,7 +360,8 @@ class Traffic(RuleBasedStateMachine):
         resident = self.residency.resident()
         held = {adapter for adapter, count in enumerate(self.holders) if count}
         assert set(resident) == held | set(self.idle)
-        assert len({self.residency.slot(adapter) for adapter in resident}) == len(resident)
+        slots = [slot for adapter in resident for slot in self.residency.place(adapter).slots]
+        assert len(set(slots)) == len(slots)
         used = sum(self.adapters[adapter].num_device_bytes for adapter in resident)
         assert free_bytes(self.pool) + used == self.capacity
 
@@ -313,7 +370,7 @@ class Traffic(RuleBasedStateMachine):
             for _ in range(count):
                 self.residency.release(adapter)
         for adapter in self.residency.resident():
-            assert_serves(self.pool, self.residency.slot(adapter), self.adapters[adapter])
+            assert_serves(self.pool, self.residency.place(adapter), self.adapters[adapter])
             self.residency.drop(adapter)
         self.residency.check_integrity()
         assert free_bytes(self.pool) == self.capacity
@@ -326,7 +383,7 @@ TestTraffic.settings = settings(max_examples=25, stateful_step_count=30, deadlin
 def test_an_adapter_that_nothing_holds_can_always_make_way():
     """Whatever fits at all gets in once every other adapter is idle."""
     adapters = [toy({"a": 30}, seed=0), toy({"a": 14}, seed=1), toy({"a": 14}, seed=2)]
-    pool = new_pool(LAYOUT, capacity_bytes=adapters[0].num_device_bytes)
+    pool = new_pool(capacity_bytes=adapters[0].num_device_bytes)
     residency = Residency(pool, adapters.__getitem__)
     for adapter in (1, 2):
         assert residency.acquire(adapter)
@@ -342,6 +399,6 @@ def test_an_adapter_that_nothing_holds_can_always_make_way():
 def test_a_held_adapter_costs_no_second_copy():
     loads = []
     adapters = [toy({"a": 4})]
-    residency = Residency(new_pool(LAYOUT), lambda i: loads.append(i) or adapters[i])
+    residency = Residency(new_pool(), lambda i: loads.append(i) or adapters[i])
     assert all(residency.acquire(0) for _ in range(3))
     assert loads == [0]

@@ -18,7 +18,10 @@ GARBAGE = -(2**31)
 
 @dataclass(frozen=True)
 class Step:
-    """One step's query and caches, with the dense keys and values they were filled from."""
+    """One step's query and caches, with the dense keys and values they were filled from.
+
+    keys[i] and values[i] begin with the first key that sequence i may see.
+    """
 
     query: Tensor
     key_cache: Tensor
@@ -35,9 +38,14 @@ def make_step(
     kv_heads: int = 3,
     head_dim: int = 64,
     block_size: int = 16,
+    starts: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Step:
-    """lens: (query rows, context) of each sequence; blocks lie shuffled, query rows are strided."""
+    """lens: (query rows, context) of each sequence; blocks lie shuffled, query rows are strided.
+
+    starts: the first key of each sequence, 0 by default; NaN lies before it.
+    """
+    starts = [0] * len(lens) if starts is None else starts
     rng = torch.Generator().manual_seed(seed)
     needed = [-(-context // block_size) for _, context in lens]
     free = torch.randperm(sum(needed) + 3, generator=rng).tolist()
@@ -52,14 +60,16 @@ def make_step(
         position = torch.arange(context)
         block, offset = torch.tensor(blocks)[position // block_size], position % block_size
         for cache, kept in zip(caches, dense, strict=True):
-            kept.append(torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype))
-            cache[block, :, offset] = kept[-1]
+            drawn = torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype)
+            kept.append(drawn[starts[i] :])
+            cache[block[starts[i] :], :, offset[starts[i] :]] = kept[-1]
         slots.append((block * block_size + offset)[context - q_len :])
     rows = sum(q_len for q_len, _ in lens)
     wide = torch.full((rows, heads + 2 * kv_heads, head_dim), NAN, dtype=dtype)
     wide[:, :heads] = torch.randn(rows, heads, head_dim, generator=rng) * 2
     batch = PagedBatch(
         cu_seqlens_q=torch.tensor([0, *(q for q, _ in lens)]).cumsum(0).int(),
+        context_starts=torch.tensor(starts, dtype=torch.int32),
         context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
         block_tables=tables,
         slot_mapping=torch.cat(slots),
@@ -108,6 +118,7 @@ def single(step: Step, sequence: int, first: int, last: int) -> Step:
     context = int(batch.context_lens[sequence]) - q_len + last
     alone = PagedBatch(
         torch.tensor([0, last - first], dtype=torch.int32),
+        batch.context_starts[sequence : sequence + 1],
         torch.tensor([context], dtype=torch.int32),
         batch.block_tables[sequence : sequence + 1],
         batch.slot_mapping[start + first : start + last],
@@ -155,6 +166,45 @@ def test_keys_before_the_window_are_not_read(compiled: Backend, dtype: torch.dty
     for cache in (step.key_cache, step.value_cache):
         cache[step.batch.block_tables[0, :100].long()] = NAN
     check(compiled, step, window=50)
+
+
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("start", [1, 15, 16, 64, 130])
+def test_keys_before_the_start_are_not_seen(
+    request: pytest.FixtureRequest, dtype: torch.dtype, name: str, window: int | None, start: int
+) -> None:
+    lens = [(1, start + 1), (1, 200), (70, 200), (start + 3, 2 * start + 3), (3, 3)]
+    step = make_step(dtype, lens, starts=[start, start, start, start, 0])
+    check(request.getfixturevalue(name), step, window)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_start_of_one_sequence_leaves_the_bits_of_the_others(
+    compiled: Backend, dtype: torch.dtype, window: int | None
+) -> None:
+    lens = [(1, 50), (70, 150), (3, 80), (1, 200)]
+    plain = check(compiled, make_step(dtype, lens), window)
+    mixed = check(compiled, make_step(dtype, lens, starts=[0, 0, 70, 5]), window)
+    assert same_bits(plain[:71], mixed[:71])
+    if window is None:
+        assert not torch.equal(plain[71:], mixed[71:])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_row_behind_a_start_has_the_same_bits_in_any_chunk(
+    compiled: Backend, dtype: torch.dtype, window: int | None
+) -> None:
+    step = make_step(dtype, [(2, 50), (120, 150)], starts=[13, 30])
+    together = check(compiled, step, window)
+    for i, rows, chunk in ((0, 2, 1), (1, 120, 1), (1, 120, 7), (1, 120, 120)):
+        for first in range(0, rows, chunk):
+            last = min(rows, first + chunk)
+            part = single(step, i, first, last)
+            out = compiled.paged_attention(
+                part.query, part.key_cache, part.value_cache, part.batch, 0.125, window
+            )
+            assert same_bits(out, together[2 * i + first : 2 * i + last])
 
 
 def test_large_scores_do_not_overflow(compiled: Backend, dtype: torch.dtype) -> None:
@@ -232,6 +282,8 @@ def test_write_kv_refuses_a_slot_outside_the_cache(compiled: Backend, slot: int)
         ({"block_tables": torch.tensor([[0, -1]], dtype=torch.int32)}, "block outside the cache"),
         ({"block_tables": torch.tensor([[0]], dtype=torch.int32)}, "longer than its block table"),
         ({"context_lens": torch.tensor([3], dtype=torch.int32)}, "more query rows than context"),
+        ({"context_starts": torch.tensor([17], dtype=torch.int32)}, "before its query rows"),
+        ({"context_starts": torch.tensor([-1], dtype=torch.int32)}, "before its query rows"),
         ({"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32)}, "number of rows"),
         ({"cu_seqlens_q": torch.tensor([1, 4], dtype=torch.int32)}, "number of rows"),
     ],
@@ -253,6 +305,11 @@ def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
         ({"key_cache": step.key_cache[:, :, :8]}, "differ in shape"),
         ({"value_cache": step.value_cache.half()}, "value_cache must be"),
         ({"batch": replace(step.batch, context_lens=torch.tensor([20]))}, "context_lens must be"),
+        ({"batch": replace(step.batch, context_starts=torch.tensor([0]))}, "context_starts must"),
+        (
+            {"batch": replace(step.batch, context_starts=torch.zeros(2, dtype=torch.int32))},
+            "number of sequences",
+        ),
     ]
     for changes, words in cases:
         wrong = replace(step, **changes)

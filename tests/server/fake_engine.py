@@ -17,6 +17,7 @@ from deltamux.adapters.errors import AdapterError
 from deltamux.server.api.app import create_app
 from deltamux.server.api.registry import AdapterRegistry
 from deltamux.server.api.state import AppState, Limits
+from deltamux.server.composition import Composable
 from deltamux.server.engine.errors import QueueFull
 from deltamux.server.engine.messages import AdapterInfo, EngineInfo, EngineStats
 from deltamux.server.generation import (
@@ -68,6 +69,7 @@ class FakeEngine:
         self.refusal: Exception | None = None
         self.bad_adapters: dict[str, AdapterError] = {}
         self.digests: dict[str, str] = {}
+        self.composables: dict[str, Composable] = {}
         self.load_gate: asyncio.Event | None = None
         self.submitted: list[GenerationRequest] = []
         self.aborted: list[str] = []
@@ -159,7 +161,8 @@ class FakeEngine:
             raise self.bad_adapters[path]
         self.loaded[adapter_id] = path
         found = self.digests.get(path, f"{adapter_id:064x}")
-        return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, ["q_proj"])
+        composable = self.composables.get(path, Composable())
+        return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, ["q_proj"], composable)
 
     async def unload_adapter(self, adapter_id: int) -> None:
         if self.refusal is not None:

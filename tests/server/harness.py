@@ -19,6 +19,7 @@ from deltamux.server.engine.messages import (
     UnloadAdapter,
 )
 from deltamux.server.generation import (
+    AdapterWeight,
     FinishReason,
     GenerationRequest,
     SamplingParams,
@@ -43,7 +44,9 @@ def engine_config(model: Path, **changes) -> EngineConfig:
 
 
 def make_request(request_id: str, prompt: list[int], **changes) -> GenerationRequest:
-    outer = {k: changes.pop(k) for k in ("adapter_id", "cache_salt", "priority") if k in changes}
+    outer = {k: changes.pop(k) for k in ("adapters", "cache_salt", "priority") if k in changes}
+    if (adapter_id := changes.pop("adapter_id", None)) is not None:
+        outer["adapters"] = [AdapterWeight(adapter_id)]
     sampling = {"max_tokens": 12, "temperature": 0.0, "seed": 0, "logprobs": 0, **changes}
     return GenerationRequest(
         request_id=request_id,

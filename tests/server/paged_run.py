@@ -39,7 +39,7 @@ class PagedRun:
                 torch.tensor([token for part in tokens for token in part]),
                 torch.tensor([position for part in positions for position in part]),
                 self.kv,
-                self._batch(chunks),
+                [self._batch(chunks)] * self.decoder.config.num_layers,
                 deltas,
             )
             logits = self.decoder.logits(hidden, deltas)
@@ -61,6 +61,7 @@ class PagedRun:
         ]
         return PagedBatch(
             cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            context_starts=torch.zeros(len(chunks), dtype=torch.int32),
             context_lens=torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             slot_mapping=torch.tensor(slots),

@@ -1,6 +1,7 @@
 """Adapters over HTTP: naming, loading, replacing and unloading them while requests run."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 
@@ -12,15 +13,18 @@ from deltamux.server.api.registry import (
     AdapterRegistry,
     AdapterState,
     AlreadyLoaded,
+    ModelChoice,
     NameRefused,
     StillLoading,
     UnknownAdapter,
     UnknownModel,
 )
+from deltamux.server.composition import Composable
 from deltamux.server.engine.errors import EngineUnavailable
+from deltamux.server.generation import AdapterWeight
 from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import FakeEngine, Running
+from .fake_engine import MAX_MODEL_LEN, FakeEngine, Running
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "a b", "a:b", "a@b", "é", "x" * 129]
 BAD_NAMES += ["a\n", "a\x00", "%2e%2e", "base"]
@@ -91,10 +95,74 @@ def test_the_model_field_picks_the_adapter(server, http):
     names = ["base", "a", "b", "base:a", "a@abc", "base:b@def000", "b@def" + "0" * 61]
     for name in names:
         assert complete(http, name).json()["model"] == name
-    expected = [None, *(by_name[n] for n in "ab"), 1, 1, 2, 2]
-    assert [request.adapter_id for request in server.engine.submitted] == expected
+    expected = [[], *([AdapterWeight(by_name[n])] for n in ("a", "b", "a", "a", "b", "b"))]
+    assert [request.adapters for request in server.engine.submitted] == expected
     for name in ["a@", "a@abd", "a@@abc", "a@abcabc", "c", "base:base", "a:b", "base@abc"]:
         assert error_of(complete(http, name))[:2] == (404, "NotFoundError")
+
+
+def compose(http, *adapters, model="base"):
+    chosen = [{"name": name, "weight": weight} for name, weight in adapters]
+    body = {"model": model, "prompt": "hi", "adapters": chosen}
+    return http.post("/v1/completions", json=body)
+
+
+def test_adapters_are_summed_with_their_weights(server, http):
+    for name in "ab":
+        load(http, name, name)
+    assert compose(http, ("a", 0.5), ("base:b", -2.0)).json()["model"] == "base"
+    assert server.engine.submitted[0].adapters == [AdapterWeight(1, 0.5), AdapterWeight(2, -2.0)]
+    chat = {"model": "base", "messages": MESSAGES, "adapters": [{"name": "b"}]}
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    assert server.engine.submitted[1].adapters == [AdapterWeight(2, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "model", "says"),
+    [
+        ([("a", 1.0)], "a", "'model' names the base"),
+        ([("a", 1.0), ("a", 0.5)], "base", "one adapter twice"),
+        ([("a", 1.0), ("ia3", 1.0)], "base", "'ia3' cannot be weighted or combined.*it scales"),
+        ([("ia3", 0.5)], "base", "'ia3' cannot be weighted"),
+        ([("prefix", 0.5)], "base", "'prefix' cannot have the weight 0.5"),
+        ([("prefix", 1.0), ("unshifted", 1.0)], "base", "these prefixes cannot be combined"),
+    ],
+)
+def test_a_combination_without_meaning_is_refused_before_it_is_queued(
+    adapters, model, says, server, http
+):
+    server.engine.composables = {
+        "ia3": Composable("it scales"),
+        "prefix": Composable(None, 5, True),
+        "unshifted": Composable(None, 5, False),
+    }
+    for name in ("a", "ia3", "prefix", "unshifted"):
+        load(http, name, name)
+    answer = compose(http, *adapters, model=model)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "adapters"
+    assert re.search(says, answer.json()["error"]["message"])
+    assert server.engine.submitted == []
+    allowed = compose(http, *adapters[:1]) if adapters[0][0] == "a" else None
+    assert allowed is None or allowed.status_code == 200
+
+
+def test_names_of_a_combination_must_be_adapters(server, http):
+    load(http, "a", "p")
+    for name in ("nobody", "base"):
+        answer = compose(http, ("a", 1.0), (name, 1.0))
+        assert error_of(answer)[:2] == (404, "NotFoundError")
+
+
+def test_a_prefix_takes_part_of_the_models_length(server, http):
+    server.engine.composables = {"p": Composable(None, 30, True)}
+    load(http, "p", "p")
+    long = list(range(3, 3 + MAX_MODEL_LEN - 30))
+    fits = http.post("/v1/completions", json={"model": "p", "prompt": long[:-1], "max_tokens": 1})
+    assert fits.status_code == 200
+    refused = http.post("/v1/completions", json={"model": "p", "prompt": long, "max_tokens": 1})
+    assert refused.status_code == 400
+    assert http.post("/v1/completions", json={"model": "base", "prompt": long}).status_code == 200
 
 
 def test_models_are_listed_as_vllm_lists_them(server, http):
@@ -152,7 +220,7 @@ def test_a_refused_replacement_leaves_the_old_one(server, http):
     server.engine.bad_adapters["new"] = AdapterCorrupt("bad")
     assert error_of(load(http, "a", "new", load_inplace=True))[0] == 400
     assert complete(http, "a").status_code == 200
-    assert server.engine.submitted[0].adapter_id == 1
+    assert server.engine.submitted[0].adapters == [AdapterWeight(1)]
     assert http.get("/v1/adapters/a").json()["path"] == "old"
 
 
@@ -245,7 +313,7 @@ def test_a_running_request_keeps_its_adapter(server, http, how):
     server.engine.stall_after = None
     if how == "replace":
         assert complete(http, "a").status_code == 200
-        assert server.engine.submitted[-1].adapter_id == 2
+        assert server.engine.submitted[-1].adapters == [AdapterWeight(2)]
         assert server.engine.loaded == {2: "new"}
 
 
@@ -363,16 +431,16 @@ def test_an_adapter_is_unloaded_after_its_last_lease(tokenizer):
     async def run() -> None:
         registry, engine = registry_of(tokenizer)
         await registry.load("a", "p")
-        with registry.lease("a") as first:
-            with registry.lease("a") as second:
+        with registry.lease(ModelChoice("a")) as first:
+            with registry.lease(ModelChoice("a")) as second:
                 await registry.unload("a")
             await asyncio.sleep(0)
             assert engine.unloaded == []
-        assert first == second == 1
+        assert first == second == [AdapterWeight(1)]
         while not engine.unloaded:
             await asyncio.sleep(0)
         assert engine.loaded == {}
-        with pytest.raises(UnknownModel), registry.lease("a"):
+        with pytest.raises(UnknownModel), registry.lease(ModelChoice("a")):
             pass
 
     asyncio.run(run())

@@ -39,7 +39,7 @@ def test_completion(server, client, tokenizer):
     assert answer.model == "base"
     [request] = server.engine.submitted
     assert request.prompt_token_ids == tokenizer.encode("one two")
-    assert request.adapter_id is None
+    assert request.adapters == []
     assert request.sampling.max_tokens == 40
     assert request.sampling.end_token_ids == (0,)
     generated = len(tokenizer.encode("hello 日本 👍")) + 1

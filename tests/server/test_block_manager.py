@@ -9,16 +9,16 @@ from deltamux.server.generation import GenerationRequest, SamplingParams
 from deltamux.server.scheduler.block_hash import block_hashes, chain_hash, root_hash
 from deltamux.server.scheduler.block_manager import BlockManager
 from deltamux.server.scheduler.errors import KVAccountingError
-from deltamux.server.scheduler.sequence import Sequence
+from deltamux.server.scheduler.sequence import AdapterUse, Prefix, Salt, Sequence
 
 
-def sequence(tokens, salt=b"base"):
+def sequence(tokens, salt=b"base", prefix=None):
     request = GenerationRequest(
         request_id="r",
         prompt_token_ids=list(tokens),
         sampling=SamplingParams(max_tokens=100, seed=0),
     )
-    return Sequence(request, salt, arrival=0)
+    return Sequence(request, AdapterUse(prefix=prefix, salts=(Salt(0, salt),)), arrival=0)
 
 
 def compute(blocks, seq, end=None):
@@ -174,12 +174,12 @@ def test_cached_free_blocks_count_as_taken_by_their_hit():
     seq = sequence(range(8))
     compute(blocks, seq)
     cached = blocks.find_cached(seq, 8)
-    assert blocks.can_allocate(cached, 12)  # shared blocks cost nothing
-    assert not blocks.can_allocate(cached, 12, spare=1)
+    assert blocks.can_allocate(seq, cached, 12)  # shared blocks cost nothing
+    assert not blocks.can_allocate(seq, cached, 12, spare=1)
     blocks.free(seq)
-    assert blocks.can_allocate(cached, 12)
-    assert not blocks.can_allocate(cached, 13)
-    assert not blocks.can_allocate(cached, 12, spare=1)
+    assert blocks.can_allocate(seq, cached, 12)
+    assert not blocks.can_allocate(seq, cached, 13)
+    assert not blocks.can_allocate(seq, cached, 12, spare=1)
 
 
 def test_a_duplicate_stays_private():
@@ -219,7 +219,7 @@ def test_statistics_count_tokens():
 def test_hashes_are_chained_and_computed_once(monkeypatch):
     seq = sequence(range(12))
     names = list(block_hashes(seq, 3, 4))
-    assert names[0] == chain_hash(root_hash(b"base"), [0, 1, 2, 3])
+    assert names[0] == chain_hash(root_hash(b""), [0, 1, 2, 3], [b"base"])
     assert names[2] == chain_hash(names[1], [8, 9, 10, 11])
     assert len(set(names)) == 3
     monkeypatch.setattr("deltamux.server.scheduler.block_hash.chain_hash", None)
@@ -253,6 +253,52 @@ def test_integrity_check_sees_what_does_not_balance(corrupt):
         blocks.check_integrity()
 
 
+def prefixed(name, length, tokens=range(5)):
+    return sequence(tokens, name, Prefix(name, length, length, (1,)))
+
+
+def test_a_prefix_is_written_once_and_shared_also_without_prefix_caching():
+    blocks = BlockManager(8, 4, enable_prefix_caching=False)
+    first, second = prefixed(b"p", 6), prefixed(b"p", 6)
+    load = blocks.allocate(first, [], 5)
+    assert (load.prefix, list(load.blocks)) == (first.adapters.prefix, [0, 1])
+    assert list(load.blocks.values()) == first.prefix_blocks
+    assert blocks.allocate(second, [], 5) is None
+    assert second.prefix_blocks == first.prefix_blocks
+    assert blocks.num_used == 2 + 2 + 2
+    blocks.check_integrity()
+    blocks.free(first)
+    blocks.free(second)
+    assert (blocks.num_used, first.prefix_blocks) == (0, [])
+    assert blocks.allocate(third := prefixed(b"p", 6), [], 5) is None
+    assert third.prefix_blocks == list(load.blocks.values())
+
+
+def test_an_idle_prefix_gives_up_its_room_and_only_what_is_gone_is_written_again():
+    blocks = BlockManager(5, 4)
+    load = blocks.allocate(first := prefixed(b"p", 8), [], 4)
+    blocks.free(first)
+    blocks.allocate(other := sequence(range(16)), [], 16)  # takes one of the prefix's two blocks
+    assert blocks.num_free == 1
+    assert not blocks.can_allocate(prefixed(b"p", 8), [], 4)
+    blocks.free(other)
+    again = blocks.allocate(second := prefixed(b"p", 8), [], 4)
+    assert len(again.blocks) == 1
+    kept = 1 - next(iter(again.blocks))
+    assert second.prefix_blocks[kept] == load.blocks[kept]
+    blocks.check_integrity()
+
+
+def test_a_salt_that_begins_later_leaves_the_blocks_before_it_to_be_shared():
+    blocks = BlockManager(8, 4)
+    request = sequence(range(12)).request
+    plain = Sequence(request, AdapterUse(), arrival=0)
+    late = Sequence(request, AdapterUse(salts=(Salt(9, b"adapter"),)), arrival=1)
+    compute(blocks, plain)
+    assert blocks.find_cached(late, 12) == plain.block_table[:2]
+    assert block_hashes(late, 3, 4)[2] != block_hashes(plain, 3, 4)[2]
+
+
 class BlockManagerMachine(RuleBasedStateMachine):
     """Random use; a model of the cache says what every block holds, which hits must be."""
 
@@ -266,31 +312,44 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def write(self, seq, start, end):
         for index in range(start // 2, -(-end // 2)):
             tokens = tuple(seq.token_ids[: min(end, 2 * index + 2)])
-            self.contents[seq.block_table[index]] = (seq.salt, tokens)
+            self.contents[seq.block_table[index]] = (seq.adapters.salts[0].value, tokens)
 
     @rule(
         target=held,
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
         salt=st.sampled_from([b"a", b"b"]),
+        prefix_length=st.sampled_from([0, 0, 1, 3, 4]),
         computed=st.integers(0, 9),
     )
-    def admit(self, tokens, salt, computed):
-        seq = sequence(tokens, salt)
+    def admit(self, tokens, salt, prefix_length, computed):
+        name = salt + bytes([prefix_length])
+        prefix = Prefix(name, prefix_length, 0, (1,)) if prefix_length else None
+        seq = sequence(tokens, name if prefix_length else salt, prefix)
+        salt = seq.adapters.salts[0].value
         cached = self.blocks.find_cached(seq, len(tokens) - 1)
         for index, block in enumerate(cached):
             assert self.contents[block] == (salt, tuple(tokens[: 2 * index + 2]))
-        if self.blocks.can_allocate(cached, len(tokens)):
-            self.blocks.allocate(seq, cached, len(tokens))
+        if self.blocks.can_allocate(seq, cached, len(tokens)):
+            load = self.blocks.allocate(seq, cached, len(tokens))
+            for index, block in {} if load is None else load.blocks.items():
+                self.contents[block] = ("prefix", name, index)
+            assert len(seq.prefix_blocks) == -(-prefix_length // 2)
+            self.prefixes_are_whole(seq)
             start = seq.num_computed_tokens = 2 * len(cached)
             for block in seq.block_table[len(cached) :]:
                 self.contents[block] = "garbage"
             self.advance(seq, max(start, min(computed, len(tokens))))
         return seq
 
+    def prefixes_are_whole(self, seq):
+        for index, block in enumerate(seq.prefix_blocks):
+            assert self.contents[block] == ("prefix", seq.adapters.prefix.name, index)
+
     @rule(seq=held, token=st.integers(0, 1))
     def grow(self, seq, token):
         if not seq.block_table:
             return
+        self.prefixes_are_whole(seq)
         seq.token_ids.append(token)
         if self.blocks.extend(seq, len(seq.token_ids)):
             self.advance(seq, len(seq.token_ids))

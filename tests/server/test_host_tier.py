@@ -10,16 +10,17 @@ import torch
 
 from deltamux.adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterTooLarge
 from deltamux.adapters.layout import LinearTarget
-from deltamux.adapters.primitives import LoweredAdapter, OutputBias
+from deltamux.adapters.primitives import Affine, LoweredAdapter, Part
+from deltamux.adapters.scope import EveryPosition
 from deltamux.server.engine.host_tier import HostTier
 
-TARGET = LinearTarget("m", 0, 4, 100)
+TARGET = LinearTarget("m", 0, 4, 100, False)
 ADAPTER_BYTES = 400
 
 
 def make_adapter(digest: str, copies: int = 1) -> LoweredAdapter:
-    bias = OutputBias(TARGET, torch.zeros(100 * copies))
-    return LoweredAdapter(digest, "lora", "peft", 0, (bias,))
+    affine = Affine(TARGET, bias=torch.zeros(100 * copies))
+    return LoweredAdapter(digest, "lora", "peft", (Part(EveryPosition(), (affine,)),))
 
 
 class Shelf:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltamux.adapters.batch import AdapterBatch
 from deltamux.kernels.backend import Backend, reference_backend, select_backend
-from deltamux.kernels.low_rank.op import LowRankTable, Segments
+from deltamux.kernels.linear.op import LinearOp
+from deltamux.kernels.tables import SiteTargets
+from deltamux.server.model.base import load_base
 from deltamux.server.model.decoder import Decoder
 from deltamux.server.model.loader import load_model
 
@@ -130,24 +131,95 @@ def test_layout_names_the_linear_modules_of_transformers(
     assert [target.index for target in layout.iter_targets()] == list(range(len(modules)))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_site_is_offered_to_the_adapters_once_in_order(
+class Places:
+    """Stands for a step's adapters and notes where it is asked for corrections."""
+
+    def __init__(self) -> None:
+        self.sites: list[tuple[int, tuple[int, ...], int, int]] = []
+        self.norms: list[int] = []
+        self.embeddings: list[int] = []
+        self.halves: list[tuple[int, int]] = []
+        self.attentions: list[int] = []
+
+    def linear(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
+        y = base(x)
+        self.sites.append((targets.first, targets.out_starts, x.shape[1], y.shape[1]))
+        return y
+
+    def norm(self, y: Tensor, x: Tensor, row: int, eps: float, *, centered: bool) -> None:
+        self.norms.append(row)
+
+    def embedding(self, x: Tensor, ids: Tensor, row: int) -> None:
+        self.embeddings.append(row)
+
+    def half(self, h: Tensor, residual: Tensor, layer: int, half: int) -> None:
+        self.halves.append((layer, half))
+
+    def attention(self, out: Tensor, query: Tensor, layer: int, *sizes: Any) -> None:
+        self.attentions.append(layer)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_every_place_is_offered_to_the_adapters_once(family: str, tiny_model: TinyModel) -> None:
+    decoder, places = load(tiny_model(family)), Places()
+    PagedRun(decoder, [[1, 2, 3]], block_size=4).step([(0, 0, 3)], places)
+    layout = decoder.layout
+    assert places.sites == [
+        (site.targets[0].index, site.out_starts, site.in_features, site.out_features)
+        for site in layout.sites
+    ]
+    assert sorted(places.norms) == list(range(len(layout.norms)))
+    assert places.embeddings == list(range(len(layout.embeddings)))
+    assert places.halves == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert places.attentions == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_the_base_that_adapters_see_is_the_one_of_transformers(
     family: str, tiny_model: TinyModel
 ) -> None:
-    decoder = load(tiny_model(family))
-    calls = []
+    folder = tiny_model(family)
+    base, modules = load_base(folder, torch.float32), dict(oracle(folder).named_modules())
+    layout = base.layout
+    for target in layout.iter_targets():
+        weight, bias = base.linear(target)
+        module = modules[target.path]
+        assert target.is_transposed == isinstance(module, Conv1D)
+        assert torch.equal(weight, module.weight.t() if target.is_transposed else module.weight)
+        assert (bias is None) == (module.bias is None) == (not target.has_bias)
+        assert bias is None or torch.equal(bias, module.bias)
+    norms = {path for path in modules if "norm" in path.rpartition(".")[2] or ".ln_" in path}
+    assert set(layout.norms_by_path) == norms
+    for norm in layout.norms:
+        weight, bias = base.norm(norm)
+        assert torch.equal(weight, modules[norm.path].weight)
+        assert norm.has_bias == (bias is not None)
+        assert bias is None or torch.equal(bias, modules[norm.path].bias)
+    for site in layout.embeddings:
+        assert torch.equal(base.embedding(site), modules[site.path].weight)
+    for layer in layout.layers:
+        assert {layer.path, layer.attention_path} <= set(modules)
 
-    def record(y: Tensor, x: Tensor, table: Any, targets: Any, segments: Any) -> None:
-        calls.append((targets.first, targets.out_starts, x.shape[1], y.shape[1]))
 
-    nothing = torch.empty(0)
-    table = LowRankTable(nothing, nothing, nothing, nothing, nothing)
-    deltas = AdapterBatch(table, Segments(nothing, nothing, nothing), record)
-    PagedRun(decoder, [[1, 2, 3]], block_size=4).step([(0, 0, 3)], deltas)
-    assert calls == [
-        (site.targets[0].index, site.out_starts, site.in_features, site.out_features)
-        for site in decoder.layout.sites
-    ]
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+def test_encoded_rows_leave_the_keys_and_values_of_transformers(
+    family: str, tiny_model: TinyModel
+) -> None:
+    folder = tiny_model(family)
+    model, base = oracle(folder), load_base(folder, torch.float32)
+    embeddings = torch.randn(19, 64, generator=torch.Generator().manual_seed(0))
+    before = embeddings.clone()
+    keys, values = base.encode(embeddings)
+    assert torch.equal(embeddings, before)
+    with torch.inference_mode():
+        cache = model(inputs_embeds=embeddings[None], use_cache=True).past_key_values
+    for layer in range(2):
+        wanted = cache.layers[layer]
+        window = wanted.keys.shape[2]  # a sliding cache keeps the last ones alone
+        torch.testing.assert_close(keys[layer][:, -window:], wanted.keys[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            values[layer][:, -window:], wanted.values[0], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_names_without_the_decoder_prefix_and_saved_buffers_are_read(
@@ -180,7 +252,7 @@ def test_kv_bytes_per_token_is_what_the_cache_takes(tiny_model: TinyModel) -> No
 
 def test_a_tied_head_shares_the_embedding(tiny_model: TinyModel) -> None:
     decoder = load(tiny_model("qwen2"))
-    decoder.embedding.tokens.zero_()
+    decoder.tokens.weight.zero_()
     assert not decoder.logits(torch.ones(3, 64), None).any()
 
 

@@ -17,7 +17,7 @@ from deltamux.server.scheduler.errors import AccountingError, SequenceRefused, S
 from deltamux.server.scheduler.limits import SchedulerLimits
 from deltamux.server.scheduler.plan import SequenceResult
 from deltamux.server.scheduler.scheduler import Scheduler
-from deltamux.server.scheduler.sequence import Sequence
+from deltamux.server.scheduler.sequence import AdapterUse, Prefix, Salt, Sequence
 
 END = 999
 VOCAB = 1000
@@ -65,6 +65,7 @@ class Bench:
         output=(),
         max_tokens=50,
         salt=None,
+        prefix=None,
         end_token_ids=(END,),
         **sampling,
     ):
@@ -74,12 +75,16 @@ class Bench:
             sampling=SamplingParams(
                 max_tokens=max_tokens, seed=0, end_token_ids=tuple(end_token_ids), **sampling
             ),
-            adapter_id=adapter,
             priority=priority,
             output_token_ids=list(output),
         )
         self.arrivals += 1
-        sequence = Sequence(request, (salt or name).encode(), self.arrivals)
+        use = AdapterUse(
+            adapter_ids=() if adapter is None else (adapter,),
+            prefix=prefix,
+            salts=(Salt(0, (salt or name).encode()),),
+        )
+        sequence = Sequence(request, use, self.arrivals)
         self.scheduler.add(sequence)
         return sequence
 
@@ -222,8 +227,8 @@ def test_stop_wins_over_length():
 def test_the_models_or_the_caches_length_ends_with_length(length, blocks):
     bench = Bench(length=length, blocks=blocks)
     limit = min(length, blocks * 4)
-    assert bench.scheduler.max_tokens_that_fit == limit
     sequence = bench.add("a", 6)
+    assert bench.scheduler.max_tokens_that_fit(sequence) == limit
     assert bench.finish()["a"][-1].finish_reason is FinishReason.LENGTH
     assert len(sequence.token_ids) == limit
     assert bench.scheduler.num_preemptions == 0
@@ -525,7 +530,7 @@ def test_cached_prefixes_are_reported_and_counted():
             prompt_token_ids=[*first.token_ids, 1, 2],
             sampling=SamplingParams(max_tokens=2, seed=0),
         ),
-        first.salt,
+        first.adapters,
         arrival=9,
     )
     bench.scheduler.add(follow_up)
@@ -611,3 +616,47 @@ def test_integrity_check_sees_lost_and_doubled_sequences():
     bench.scheduler._waiting.pop(0)
     with pytest.raises(AccountingError, match="either run or wait"):
         bench.scheduler.check_integrity()
+
+
+def test_a_prefix_takes_part_of_the_length_and_of_the_cache():
+    bench = Bench(length=16, blocks=100)
+    prefix = Prefix(b"p", 6, 6, (1,))
+    sequence = bench.add("a", 4, adapter=1, prefix=prefix)
+    assert bench.scheduler.max_tokens_that_fit(sequence) == 10
+    assert bench.finish()["a"][-1].finish_reason is FinishReason.LENGTH
+    assert len(sequence.token_ids) == 10
+    with pytest.raises(SequenceTooLong, match="prefix of 6"):
+        bench.add("long", 10, adapter=1, prefix=prefix)
+    cramped = Bench(length=1000, blocks=4)
+    assert cramped.scheduler.max_tokens_that_fit(sequence) == 8
+
+
+def test_the_step_that_admits_a_prefix_writes_it_and_no_other_does():
+    bench = Bench()
+    prefix = Prefix(b"p", 6, 6, (1,))
+    bench.add("a", 4, adapter=1, prefix=prefix)
+    bench.add("b", 4, adapter=1, prefix=prefix)
+    plan = bench.scheduler.schedule()
+    [load] = plan.prefix_loads
+    assert load.prefix is prefix
+    assert [list(load.blocks.values())] * 2 == [i.sequence.prefix_blocks for i in plan.scheduled]
+    bench.scheduler.commit(plan, [SequenceResult(7), SequenceResult(7)])
+    bench.add("c", 4, adapter=1, prefix=prefix)
+    assert bench.scheduler.schedule().prefix_loads == ()
+
+
+def test_all_adapters_of_a_sequence_are_held_or_none():
+    bench = Bench(room=1)
+    request = bench.add("a", 4, adapter=1).request
+    both = Sequence(
+        GenerationRequest(
+            request_id="both",
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+        ),
+        AdapterUse(adapter_ids=(1, 2)),
+        arrival=9,
+    )
+    bench.scheduler.add(both)
+    assert list(bench.step()[0]) == ["a"]
+    assert bench.slots.held == {1: 1}

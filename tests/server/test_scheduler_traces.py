@@ -1,6 +1,6 @@
 """Random traffic against a runner with a simulated KV cache.
 
-The simulated cache says of every slot which salt and which tokens its contents depend on. Before a
+The simulated cache says of every slot which salts and which tokens its contents depend on. Before a
 step every scheduled sequence must find exactly its own past in the slots of its block table, save
 what the rows of another sequence write in this very step; and after all rows have written, as a
 layer does before its attention reads, it must find that too. So a wrongly shared, lost, stale or
@@ -27,16 +27,24 @@ from deltamux.server.scheduler.errors import SequenceTooLong
 from deltamux.server.scheduler.limits import SchedulerLimits
 from deltamux.server.scheduler.plan import SequenceResult
 from deltamux.server.scheduler.scheduler import Scheduler
-from deltamux.server.scheduler.sequence import Sequence
+from deltamux.server.scheduler.sequence import AdapterUse, Prefix, Salt, Sequence
 
 VOCAB = 6
 END, STOP = 4, 5
 ADAPTER_SIZES = {1: 1, 2: 1, 3: 2, 4: 3}
+PREFIX_LENGTHS = {2: 3, 3: 5}
 POOL = 3
 
 
-def next_token(salt, token_ids):
-    return zlib.crc32(salt + bytes(token_ids)) % VOCAB
+def contents(sequence, position):
+    """What the keys and values at a position depend on."""
+    cache_salt = sequence.request.cache_salt
+    salts = [salt.value for salt in sequence.adapters.salts if salt.position <= position]
+    return cache_salt, tuple(salts), tuple(sequence.token_ids[: position + 1])
+
+
+def next_token(depends_on):
+    return zlib.crc32(repr(depends_on).encode()) % VOCAB
 
 
 class FakeSlots:
@@ -70,7 +78,7 @@ class Arrival:
     """One request of a trace; ``step`` is when it comes, ``abort`` when its client leaves."""
 
     request: GenerationRequest
-    salt: bytes
+    adapters: AdapterUse
     step: int
     abort: int | None
     error_at: int | None
@@ -79,11 +87,13 @@ class Arrival:
     def expected(self, max_len):
         """Tokens and end of the request alone on an endless machine."""
         request, sampling = self.request, self.request.sampling
-        output = list(request.output_token_ids)
+        alone = Sequence(request, self.adapters, 0)
         while True:
+            output = alone.token_ids[alone.prompt_len :]
             if self.error_at == len(output):
                 return output, FinishReason.ERROR, None
-            output.append(next_token(self.salt, [*request.prompt_token_ids, *output]))
+            output.append(next_token(contents(alone, len(alone.token_ids) - 1)))
+            alone.token_ids.append(output[-1])
             stops = {*sampling.end_token_ids, *sampling.stop_token_ids}
             if output[-1] in stops and len(output) > sampling.min_tokens:
                 return output, FinishReason.STOP, output[-1]
@@ -93,13 +103,33 @@ class Arrival:
 
 
 class SimulatedRunner:
-    """Keeps (salt, tokens) for every slot of the cache and checks what each row would read."""
+    """Keeps what every slot of the cache depends on and checks what each row would read."""
 
     def __init__(self, block_size, arrivals):
         self.block_size = block_size
         self.arrivals = arrivals
         self.slots = {}
         self.shared_in_step = False
+        self.prefixes_shared = False
+
+    def load(self, load):
+        prefix = load.prefix
+        size = -(-prefix.length // self.block_size)
+        assert load.blocks
+        for index, block in load.blocks.items():
+            assert 0 <= index < size
+            for offset in range(self.block_size):
+                self.slots[block, offset] = ("prefix", prefix.name, index)
+
+    def check_prefix(self, sequence):
+        prefix = sequence.adapters.prefix
+        if prefix is None:
+            assert not sequence.prefix_blocks
+            return
+        assert len(sequence.prefix_blocks) == -(-prefix.length // self.block_size)
+        for index, block in enumerate(sequence.prefix_blocks):
+            for offset in range(self.block_size):
+                assert self.slots[block, offset] == ("prefix", prefix.name, index)
 
     def slot(self, sequence, position):
         block = sequence.block_table[position // self.block_size]
@@ -117,6 +147,12 @@ class SimulatedRunner:
             assert item.samples == (item.end == len(item.sequence.token_ids))
             self.check_past(item.sequence, item.start, coming=written)
         # New blocks hold anything: what someone else still needed there is gone now.
+        for load in plan.prefix_loads:
+            self.load(load)
+        held = Counter(
+            tuple(i.sequence.prefix_blocks) for i in plan.scheduled if i.sequence.prefix_blocks
+        )
+        self.prefixes_shared |= any(count > 1 for count in held.values())
         for item in plan.scheduled:
             covered = len(item.sequence.block_table) * self.block_size
             for position in range(item.start, covered):
@@ -124,10 +160,10 @@ class SimulatedRunner:
         for item in plan.scheduled:
             sequence = item.sequence
             for position in range(item.start, item.end):
-                past = tuple(sequence.token_ids[: position + 1])
-                self.slots[self.slot(sequence, position)] = (sequence.salt, past)
+                self.slots[self.slot(sequence, position)] = contents(sequence, position)
         for item in plan.scheduled:
             self.check_past(item.sequence, item.end)
+            self.check_prefix(item.sequence)
         return [self.result(item) for item in plan.scheduled]
 
     def check_past(self, sequence, end, coming=()):
@@ -136,7 +172,7 @@ class SimulatedRunner:
                 self.shared_in_step = True
                 continue
             held = self.slots[self.slot(sequence, position)]
-            assert held == (sequence.salt, tuple(sequence.token_ids[: position + 1]))
+            assert held == contents(sequence, position)
 
     def result(self, item):
         sequence = item.sequence
@@ -152,16 +188,32 @@ class SimulatedRunner:
             )
         if not item.samples:
             return SequenceResult(None, prompt_logprobs=prompt)
-        salt, past = self.slots[self.slot(sequence, item.end - 1)]
-        return SequenceResult(next_token(salt, past), prompt_logprobs=prompt)
+        depends_on = self.slots[self.slot(sequence, item.end - 1)]
+        return SequenceResult(next_token(depends_on), prompt_logprobs=prompt)
 
 
 SHARED = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 0, 2, 2, 0, 1, 0]
 
 
+def random_use(random):
+    """None, one or two adapters; one that acts from the middle of the prompt on; prefixes."""
+    count = random.choice([0, 0, 1, 1, 1, 2])
+    adapters = tuple(random.sample(sorted(ADAPTER_SIZES), count))
+    # Two that do not fit together never run; the real pool would say so as well.
+    if sum(ADAPTER_SIZES[adapter] for adapter in adapters) > POOL:
+        adapters = adapters[:1]
+    salts = [Salt(random.choice([0, 0, 0, 6, 13]), b"%d" % adapter) for adapter in adapters]
+    with_prefix = [adapter for adapter in adapters if adapter in PREFIX_LENGTHS]
+    prefix = None
+    if with_prefix:
+        length = sum(PREFIX_LENGTHS[adapter] for adapter in with_prefix)
+        prefix = Prefix(b"%r" % with_prefix, length, random.choice([0, length]), tuple(with_prefix))
+        salts.append(Salt(0, prefix.name))
+    return AdapterUse(adapters, (), prefix, tuple(salts))
+
+
 def random_arrival(random, number, last_step):
     tail = random.choices(range(3), k=random.randint(0, 5))
-    adapter = random.choice([None, None, *ADAPTER_SIZES])
     cache_salt = random.choice([None, None, None, "tenant"])
     max_tokens = random.randint(1, 14)
     request = GenerationRequest(
@@ -175,14 +227,13 @@ def random_arrival(random, number, last_step):
             stop_token_ids=random.choice([(), (), (STOP,)]),
             prompt_logprobs=random.choice([None, None, None, 0]),
         ),
-        adapter_id=adapter,
         cache_salt=cache_salt,
         priority=random.choice([0, 0, -1, 1]),
         output_token_ids=random.choices(range(3), k=random.choice([0, 0, 0, max_tokens // 2])),
     )
     return Arrival(
         request,
-        f"{adapter}/{cache_salt}".encode(),
+        random_use(random),
         step=random.randint(0, last_step),
         abort=random.randint(0, 60) if random.random() < 0.15 else None,
         error_at=random.randint(0, 8) if random.random() < 0.1 else None,
@@ -237,7 +288,7 @@ class Trace:
     def take_commands(self, step):
         for number, (name, arrival) in enumerate(self.arrivals.items()):
             if arrival.step == step:
-                self.submit(name, Sequence(arrival.request, arrival.salt, number))
+                self.submit(name, Sequence(arrival.request, arrival.adapters, number))
             if arrival.abort == step:
                 live = name not in self.ended and arrival.step <= step
                 assert self.scheduler.abort(name) is live
@@ -246,7 +297,7 @@ class Trace:
         self.scheduler.check_integrity()
 
     def submit(self, name, sequence):
-        limit = self.scheduler.max_tokens_that_fit
+        limit = self.scheduler.max_tokens_that_fit(sequence)
         try:
             self.scheduler.add(sequence)
         except SequenceTooLong:
@@ -275,8 +326,7 @@ class Trace:
         planned = {item.sequence for item in plan.scheduled}
         running = self.scheduler._running.values()
         assert {seq for seq in running if seq.num_uncomputed_tokens == 1} <= planned
-        held = Counter(seq.request.adapter_id for seq in running)
-        del held[None]
+        held = Counter(adapter for seq in running for adapter in seq.adapters.adapter_ids)
         assert +self.slots.held == held
         for sequence in map(self.scheduler._waiting.__getitem__, range(self.scheduler.num_waiting)):
             assert sequence.num_overtaken <= self.limits.max_overtakes
@@ -297,7 +347,8 @@ class Trace:
                 self.check_output(self.arrivals[name], reason)
 
     def check_output(self, arrival, reason):
-        tokens, expected_reason, stop = arrival.expected(self.scheduler.max_tokens_that_fit)
+        longest = self.scheduler.max_tokens_that_fit(Sequence(arrival.request, arrival.adapters, 0))
+        tokens, expected_reason, stop = arrival.expected(longest)
         tokens = tokens[len(arrival.request.output_token_ids) :]
         got = [token for update in arrival.updates for token in update.token_ids]
         if reason is FinishReason.ABORT:
@@ -332,9 +383,11 @@ def test_the_traffic_reaches_every_part():
         seen["preempted"] += trace.scheduler.num_preemptions > 0
         seen["prefix hit"] += trace.blocks.prefix_hits > 0
         seen["shared in the step"] += trace.runner.shared_in_step
+        seen["prefix shared"] += trace.runner.prefixes_shared
         seen["overtaken"] += trace.overtaken
         seen["barred"] += trace.barred
         seen.update(set(trace.ended.values()))
     ends = [None, *FinishReason]
-    kinds = ["preempted", "prefix hit", "shared in the step", "overtaken", "barred", *ends]
+    kinds = ["preempted", "prefix hit", "shared in the step", "prefix shared"]
+    kinds += ["overtaken", "barred", *ends]
     assert all(seen[kind] >= 5 for kind in kinds), seen

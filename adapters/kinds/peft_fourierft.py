@@ -1,0 +1,130 @@
+"""FourierFT (arXiv:2405.03003) as PEFT stores and computes it.
+
+    y += s Re(ifft2(S)) x,
+
+with S (out, in) zero but for the trained n numbers ``fourierft_spectrum``. Where they stand is not
+stored: the first n places of a random permutation of all, drawn from the configuration's seed, and
+so the same for all modules of one size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base import Base
+from ..binding import cast, mismatch
+from ..checkpoint import Checkpoint
+from ..config_fields import FieldRules, finite_number
+from ..errors import shown
+from ..factors import csr
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..linear_adapter import (
+    HARMLESS,
+    LinearAdapter,
+    PeftKind,
+    Tensors,
+    require_listed,
+    require_shape,
+)
+from ..peft_tensors import required
+from ..primitives import Primitive, Spectral
+from ..projections import seeded
+
+_SPECTRUM = "fourierft_spectrum"
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    path: str
+    spectrum: Tensor
+    in_features: None = None
+    out_features: None = None
+
+    @property
+    def shapes(self) -> Iterator[PrimitiveShape]:
+        yield PrimitiveShape(Spectral.__name__, self.path, 0, 2 * self.spectrum.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the frequencies of every module stand."""
+
+    seed: object
+    scale: float
+
+    def lower(
+        self, base: Base, bound: Sequence[tuple[LinearTarget, _Module]]
+    ) -> Iterator[Primitive]:
+        longest = max(module.spectrum.numel() for _, module in bound)
+        drawn: dict[int, Tensor] = {}
+        for target, module in bound:
+            size, count = target.in_features * target.out_features, module.spectrum.numel()
+            if count > size:
+                raise mismatch(
+                    base.layout,
+                    f"{shown(module.path)} has {count} frequencies there, {size} numbers here",
+                )
+            if size not in drawn:
+                order = torch.randperm(size, generator=seeded("random_loc_seed", self.seed))
+                drawn[size] = order[:longest].clone()
+            yield self.spectral(base, target, module, drawn[size][:count])
+
+    def spectral(
+        self, base: Base, target: LinearTarget, module: _Module, places: Tensor
+    ) -> Spectral:
+        rows, columns = places // target.in_features, places % target.in_features
+        values = module.spectrum.float() * self.scale
+        row_starts, columns, values = csr(rows, columns, values, target.out_features)
+        return Spectral(target, row_starts, columns, cast(module.path, values, base.dtype))
+
+
+def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
+    config = checkpoint.config
+    tensors = Tensors.read(config, checkpoint.tensors, (_SPECTRUM,))
+    seed = config.get("random_loc_seed", 777)
+    seeded("random_loc_seed", seed)
+    places = _Places(seed, finite_number("scaling", config.get("scaling", 150.0)))
+    modules = tuple(_module(path, parts, config) for path, parts in tensors.modules.items())
+    return LinearAdapter(modules, places.lower, tensors.of_base, on_conv1d=True)
+
+
+def _module(path: str, parts: Mapping[str, Tensor], config: Mapping[str, object]) -> _Module:
+    (spectrum,) = required(path, parts, _SPECTRUM)
+    require_shape(path, _SPECTRUM, spectrum, None)
+    require_listed(path, config, "n_frequency", 1000, spectrum.numel())
+    return _Module(path, spectrum)
+
+
+KIND = PeftKind(
+    name="fourierft",
+    page=KindPage(
+        title="FourierFT: sparse updates in the frequency domain (arXiv:2405.03003)",
+        family="reparameterisation",
+        files="fourierft_spectrum (n,) of each module; fields n_frequency, n_frequency_pattern, "
+        "scaling, random_loc_seed",
+        equation="y += scaling Re(ifft2(S)) x; the spectrum stands at the first n places of "
+        "torch's randperm(out in) with random_loc_seed, which is drawn again as PEFT does",
+        primitives=("Spectral",),
+        memory="n numbers, and n + out + 1 indices, a module: the difference is never formed",
+        limits="The places are the trained ones only where torch permutes as it did there, as in "
+        "PEFT.",
+    ),
+    rules=FieldRules(
+        implemented=frozenset(
+            {
+                "n_frequency",
+                "n_frequency_pattern",
+                "scaling",
+                "random_loc_seed",
+                "bias",
+                "modules_to_save",
+            }
+        ),
+        harmless=HARMLESS,
+        refused={},
+    ),
+    read=_read,
+)

@@ -1,0 +1,132 @@
+"""HRA (Householder reflection adaptation, arXiv:2405.17484) as PEFT stores and computes it.
+
+    y = W H_1 H_2 ... H_r x + b,   H_i = I - 2 u_i u_iᵀ,
+
+with u_i the columns of ``hra_u`` (in, r), each divided by its length. With ``apply_GS`` they are
+made orthogonal first (Gram-Schmidt), and the product is I - 2 Q Qᵀ for any orthonormal basis Q of
+what they span. Either way the product is I plus a matrix of rank r with known factors, and W times
+that is a low-rank correction.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..config_fields import FieldRules, flag
+from ..errors import AdapterCorrupt, shown
+from ..factors import householder_product
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..linear_adapter import (
+    HARMLESS,
+    LinearAdapter,
+    PeftKind,
+    Tensors,
+    bounded_rank,
+    iter_each,
+    low_rank,
+    require_shape,
+)
+from ..peft_tensors import required
+from ..primitives import Affine, Primitive
+
+_U = "hra_u"
+_INDEPENDENT = 1e-5
+"""A column that is shorter than this, once the others' parts are taken away, is rounding in PEFT's
+float32, and so is what PEFT computes from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    path: str
+    u: Tensor
+    is_orthogonal: bool
+    out_features: None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[1]
+
+    @property
+    def shapes(self) -> Iterator[PrimitiveShape]:
+        numbers = self.rank * self.in_features
+        yield PrimitiveShape(Affine.__name__, self.path, self.rank, numbers)
+
+
+def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
+    config = checkpoint.config
+    rank = bounded_rank("r", config.get("r", 8))
+    is_orthogonal = flag("apply_GS", config.get("apply_GS", False))
+    tensors = Tensors.read(config, checkpoint.tensors, (_U,))
+    modules = tuple(
+        _module(path, parts, rank, is_orthogonal) for path, parts in tensors.modules.items()
+    )
+    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+
+
+def _module(path: str, parts: Mapping[str, Tensor], rank: int, is_orthogonal: bool) -> _Module:
+    (u,) = required(path, parts, _U)
+    require_shape(path, _U, u, None, rank)
+    return _Module(path, u, is_orthogonal)
+
+
+def _lower(base: Base, target: LinearTarget, module: _Module) -> Iterator[Primitive]:
+    left, a = _reflections(module)
+    weight = base.linear(target).weight.float()
+    b = -(weight @ left.float()).T
+    yield low_rank(base, target, a.float(), b)
+
+
+def _reflections(module: _Module) -> tuple[Tensor, Tensor]:
+    """U (in, r) and Z (r, in), float64: the product of the reflections is I - U Z."""
+    u = module.u.double()
+    lengths = u.norm(dim=0)
+    if not bool((lengths > 0).all()):
+        raise AdapterCorrupt(f"{shown(module.path)} has a {_U} with a column of zeros")
+    units = u / lengths
+    if not module.is_orthogonal:
+        return householder_product(units)
+    if module.rank > module.in_features:
+        raise _dependent(module)
+    basis, triangle = torch.linalg.qr(units)
+    if not bool((triangle.diagonal().abs() > _INDEPENDENT).all()):
+        raise _dependent(module)
+    return basis, 2 * basis.T
+
+
+def _dependent(module: _Module) -> AdapterCorrupt:
+    return AdapterCorrupt(
+        f"{shown(module.path)} has a {_U} whose columns depend on each other, so that Gram-Schmidt "
+        f"(apply_GS) divides rounding errors by their length"
+    )
+
+
+KIND = PeftKind(
+    name="hra",
+    page=KindPage(
+        title="HRA: Householder reflection adaptation (arXiv:2405.17484)",
+        family="reparameterisation",
+        files="hra_u (in, r) of each module; fields r, apply_GS",
+        equation="y = W H_1 ... H_r x + b, H_i = I - 2 u_i u_iᵀ with the columns of hra_u made "
+        "unit vectors (orthonormal with apply_GS); H_1 ... H_r = I - U Z (compact WY form), so "
+        "that y += -(W U) Z x",
+        primitives=("Affine", "Dense"),
+        memory="r (in + out) a module; in out where that is less",
+        limits="Linear modules only, as in PEFT: not GPT-2's Conv1D. A column of zeros, and with "
+        "apply_GS columns that depend on each other, are refused: PEFT divides by zero.",
+    ),
+    rules=FieldRules(
+        implemented=frozenset({"r", "apply_GS", "bias", "modules_to_save"}),
+        harmless=HARMLESS,
+        refused={},
+    ),
+    read=_read,
+)

@@ -1,0 +1,75 @@
+"""LayerNorm tuning (arXiv:2312.11420) as PEFT stores and computes it: norms with new weights.
+
+PEFT puts a trained copy of a module in its place, which need not be a norm. Its tensors are
+``<path>.ln_tuning_layers.weight`` and, where the module has one, ``.bias``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..config_fields import FieldRules
+from ..errors import AdapterCorrupt, shown
+from ..kind import KindPage, Lowered, PrimitiveShape
+from ..linear_adapter import HARMLESS, PeftKind, Tensors
+from ..overrides import override_primitives, override_shapes
+from ..peft_tensors import required
+from ..primitives import Part
+from ..scope import EveryPosition
+
+_MARK = "ln_tuning_layers."
+_WEIGHT, _BIAS = f"{_MARK}weight", f"{_MARK}bias"
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedNorms:
+    """The copies, by the names of the base's tensors that they replace."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def shapes(self) -> tuple[PrimitiveShape, ...]:
+        return override_shapes(self.tensors)
+
+    def lower(self, base: Base) -> Lowered:
+        norms = base.layout.norms_by_path
+        for name in self.tensors:
+            path = name.rpartition(".")[0]
+            if path in norms and norms[path].has_bias and f"{path}.bias" not in self.tensors:
+                raise AdapterCorrupt(f"{shown(path)} has no bias: the weight file is incomplete")
+        return Lowered((Part(EveryPosition(), override_primitives(base, self.tensors)),))
+
+
+def _read(checkpoint: Checkpoint) -> _ParsedNorms:
+    found = Tensors.read(checkpoint.config, checkpoint.tensors, (_WEIGHT, _BIAS))
+    copies = {
+        f"{path}.{suffix.removeprefix(_MARK)}": tensor
+        for path, parts in found.modules.items()
+        for suffix, tensor in parts.items()
+    }
+    for path, parts in found.modules.items():
+        required(path, parts, _WEIGHT)
+    others = {**found.of_base.replaced, **found.of_base.copies}
+    for name in copies.keys() & others.keys():
+        raise AdapterCorrupt(f"{shown(name)} is in the weight file twice")
+    return _ParsedNorms({**copies, **others})
+
+
+KIND = PeftKind(
+    name="ln_tuning",
+    page=KindPage(
+        title="LN tuning (arXiv:2312.11420)",
+        family="specification",
+        files="ln_tuning_layers.weight (size,) of each norm, and ln_tuning_layers.bias where it "
+        "has one; the new values, not differences",
+        equation="y = g' normalized(x) + b'",
+        primitives=("NormOverride",),
+        memory="size numbers a norm, twice that with a bias",
+        limits="None: a target that is no norm is replaced as modules_to_save would replace it.",
+    ),
+    rules=FieldRules(implemented=frozenset({"modules_to_save"}), harmless=HARMLESS, refused={}),
+    read=_read,
+)

@@ -1,0 +1,234 @@
+// What kernels are given of a batch's adapters (kernels/tables.py), and how it becomes units of work:
+//   for_each_cell  finds the adapters of a place of the base and checks every size and offset,
+//   run_units      computes the units in parallel, each thread with scratch of its own,
+//   correct_linear does both for the operations y (rows, out) += f(x (rows, in)) on linear modules.
+// Nothing is written before everything that was found has been checked.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+// ---- Mirrored field by field in corrections.py; the meanings stand in tables.py.
+
+struct Table {
+    const int64_t* cells;
+    int64_t rows, slots, fields;
+    const void* numbers;
+    int64_t num_numbers;
+    const int32_t* indices;
+    int64_t num_indices;
+};
+
+struct Targets {
+    int64_t first, count;
+    const int64_t *out_starts, *out_sizes;
+};
+
+struct Segments {
+    int64_t count;
+    const int32_t *start, *end, *adapter_slot;
+    const float* weight;
+};
+
+// ---- Rows of a matrix that is dense in its last dimension.
+
+template <class T>
+struct Matrix {
+    T* data;
+    int64_t stride;
+    T* row(int64_t i) const { return data + i * stride; }
+    Matrix from(int64_t i, int64_t column = 0) const { return {row(i) + column, stride}; }
+    operator Matrix<const T>() const { return {data, stride}; }
+};
+
+INLINE bool inside(int64_t offset, int64_t count, int64_t size) {
+    return offset >= 0 && count >= 0 && offset <= size - count;
+}
+
+// The product of sizes; -1, which is inside of nothing, if one is negative or it overflows.
+template <class... Sizes>
+INLINE int64_t product_of(Sizes... sizes) {
+    int64_t product = 1;
+    bool valid = true;
+    for (const int64_t size : {static_cast<int64_t>(sizes)...})
+        valid = valid && size >= 0 && !__builtin_mul_overflow(product, size, &product);
+    return valid ? product : -1;
+}
+
+// Whether every index is in 0 .. size - 1.
+INLINE bool all_below(const int32_t* indices, int64_t count, int64_t size) {
+    bool below = true;
+    for (int64_t i = 0; i < count; ++i) below &= indices[i] >= 0 && indices[i] < size;
+    return below;
+}
+
+// One non-empty cell, whose tensors of T lie in the pool. What is found wrong is kept in `error`; a
+// tensor that lies outside the pool comes out as null.
+template <class T>
+class Cell {
+   public:
+    Cell(const Table& table, const int64_t* fields) : table_(table), fields_(fields) {}
+
+    int64_t operator[](int64_t field) {
+        if (field < table_.fields) return fields_[field];
+        error = "a table's cells have too few fields";
+        return -1;
+    }
+
+    // The tensor of product(sizes) elements whose offset the field is.
+    template <class... Sizes>
+    const T* numbers(int64_t field, Sizes... sizes) {
+        const T* pool = static_cast<const T*>(table_.numbers);
+        return located(pool, table_.num_numbers, (*this)[field], product_of(sizes...));
+    }
+
+    // The same, where a negative field stands for no tensor: null.
+    template <class... Sizes>
+    const T* optional_numbers(int64_t field, Sizes... sizes) {
+        return (*this)[field] < 0 ? nullptr : numbers(field, sizes...);
+    }
+
+    template <class... Sizes>
+    const int32_t* indices(int64_t field, Sizes... sizes) {
+        return located(table_.indices, table_.num_indices, (*this)[field], product_of(sizes...));
+    }
+
+    template <class... Sizes>
+    const int32_t* optional_indices(int64_t field, Sizes... sizes) {
+        return (*this)[field] < 0 ? nullptr : indices(field, sizes...);
+    }
+
+    void require(bool met, const char* message) {
+        if (!met) error = message;
+    }
+
+    const char* error = nullptr;
+
+   private:
+    template <class E>
+    const E* located(const E* pool, int64_t size, int64_t offset, int64_t count) {
+        if (inside(offset, count, size)) return pool + offset;
+        error = "an adapter's weights reach outside the pool";
+        return nullptr;
+    }
+
+    const Table& table_;
+    const int64_t* fields_;
+};
+
+// Calls body(cell, start, end, weight) for every segment of `rows` rows that is not empty and whose
+// adapter has a cell in row `place` of the table. Returns what was wrong, or null.
+template <class T, class Body>
+const char* for_each_cell(const Table& table, int64_t place, const Segments& segments, int64_t rows,
+                          Body body) {
+    if (!inside(place, 1, table.rows)) return "a target lies outside the table's rows";
+    if (table.fields == 0) return "a table's cells have too few fields";
+    for (int64_t i = 0; i < segments.count; ++i) {
+        const int64_t start = segments.start[i], end = segments.end[i];
+        const int64_t slot = segments.adapter_slot[i];
+        if (!inside(start, end - start, rows)) return "a segment reaches outside the batch's rows";
+        if (!inside(slot, 1, table.slots)) return "a segment names an adapter slot outside the table";
+        const int64_t* fields = table.cells + (place * table.slots + slot) * table.fields;
+        if (start == end || fields[0] < 0) continue;
+        Cell<T> cell(table, fields);
+        body(cell, start, end, segments.weight[i]);
+        if (cell.error) return cell.error;
+    }
+    return nullptr;
+}
+
+// Calls compute(unit, scratch) for every unit; `scratch` is the running thread's own, as many floats
+// as asked for, with no value. compute returns what it found wrong in index tensors, or null; so does
+// this, when all units have run.
+template <class Unit, class Compute>
+const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t threads,
+                      Compute compute) {
+    std::atomic<int64_t> next{0};
+    std::atomic<const char*> found{nullptr};
+    const int64_t count = static_cast<int64_t>(units.size());
+    run_parallel(count > 1 ? threads : 1, [&] {
+        const std::unique_ptr<float[]> own(new float[scratch]);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            if (const char* error = compute(units[i], own.get())) found = error;
+    });
+    return found;
+}
+
+// ---- Corrections of linear modules: y (rows, out) is changed in place, x (rows, in) read.
+
+// What a unit computes: columns column .. column + columns of one target for some rows of a segment.
+// y begins at the target's first column, not at the unit's.
+template <class T>
+struct Block {
+    Matrix<T> y;
+    Matrix<const T> x;
+    int64_t rows, column, columns;
+    float weight;
+};
+
+template <class T>
+struct LinearCall {
+    Matrix<T> y;
+    Matrix<const T> x;
+    int64_t rows, in_size, out_size;
+    const Table& table;
+    const Targets& targets;
+    const Segments& segments;
+    int64_t threads;
+};
+
+// Runs an operation over rows of T with weights of W. Op is the adapter's part at one target:
+//   Op(Cell<W>& cell, int64_t in_size, int64_t out_size)         reads and checks a cell,
+//   static constexpr int64_t BLOCK_ROWS                          rows of a unit, at most,
+//   int64_t columns() const                                      what is split into units: out_size,
+//   int64_t block_columns() const                                columns of a unit, at most,
+//   int64_t scratch() const                                      floats that a unit needs,
+//   const char* compute(const Block<T>&, float* scratch) const   the unit; what was wrong, or null.
+template <class Op, class W, class T>
+const char* correct_linear(const LinearCall<T>& call) {
+    struct Unit {
+        Op op;
+        Block<T> block;
+    };
+    std::vector<Unit> units;
+    int64_t scratch = 0;
+    for (int64_t t = 0; t < call.targets.count; ++t) {
+        const int64_t start = call.targets.out_starts[t], width = call.targets.out_sizes[t];
+        if (!inside(start, width, call.out_size))
+            return "a target reaches outside the output's columns";
+        const auto add = [&](Cell<W>& cell, int64_t begin, int64_t end, float weight) {
+            const Op op(cell, call.in_size, width);
+            if (cell.error) return;
+            scratch = max_of(scratch, op.scratch());
+            const int64_t columns = op.columns(), step = op.block_columns();
+            for (int64_t column = 0; column < columns; column += step)
+                for (int64_t row = begin; row < end; row += Op::BLOCK_ROWS)
+                    units.push_back({op,
+                                     {call.y.from(row, start), call.x.from(row),
+                                      min_of(Op::BLOCK_ROWS, end - row), column,
+                                      min_of(step, columns - column), weight}});
+        };
+        const char* error = for_each_cell<W>(call.table, call.targets.first + t, call.segments,
+                                             call.rows, add);
+        if (error) return error;
+    }
+    return run_units(units, scratch, call.threads, [](const Unit& unit, float* own) {
+        return unit.op.compute(unit.block, own);
+    });
+}
+
+// The C function that corrections.py calls: rows of T, weights of W, OP a template over both.
+#define EXPORT_LINEAR(NAME, OP, T, W)                                                              \
+    extern "C" const char* NAME(void* y, int64_t y_stride, const void* x, int64_t x_stride,        \
+                                int64_t rows, int64_t in_size, int64_t out_size,                   \
+                                const Table* table, const Targets* targets,                        \
+                                const Segments* segments, int64_t threads) {                       \
+        return correct_linear<OP<T, W>, W, T>({{static_cast<T*>(y), y_stride},                     \
+                                               {static_cast<const T*>(x), x_stride},               \
+                                               rows, in_size, out_size,                            \
+                                               *table, *targets, *segments, threads});             \
+    }

@@ -1,0 +1,66 @@
+"""How kernels find the weights of the adapters in a batch: tables over one flat pool.
+
+Every primitive has one table. Its cell (row, slot) holds a few integers, the *fields* of the
+primitive's ``Cell`` in its ``op`` module: sizes, and where in the pool each tensor begins. A cell
+whose first field is negative is empty: the adapter in that slot leaves that place alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrimitiveTable:
+    """Where the tensors of one primitive lie, by place in the base and adapter slot.
+
+    Attributes:
+        cells: (rows, adapter_slots, fields) int64. Fields that are offsets count elements of
+            ``numbers`` or, for index tensors, of ``indices``; -1 where an optional one is absent.
+        numbers: (elements,) the pool, as the base's dtype.
+        indices: (elements,) the same memory, as int32.
+    """
+
+    cells: Tensor
+    numbers: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Rows of one batch by adapter slot; rows outside every segment are left alone.
+
+    No row lies in two segments, so that segments can be computed in any order and at once.
+
+    Attributes:
+        start: (segments,) int32, first row.
+        end: (segments,) int32, one past the last row.
+        adapter_slot: (segments,) int32.
+        weight: (segments,) float32, what a request multiplies its adapter's correction by.
+    """
+
+    start: Tensor
+    end: Tensor
+    adapter_slot: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SiteTargets:
+    """The targets of one GEMM: table rows ``first .. first + len(out_starts)``.
+
+    Attributes:
+        first: Table row of the first target.
+        out_starts: First output column of each target.
+        out_sizes: Output columns of each target.
+    """
+
+    first: int
+    out_starts: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+
+
+CorrectLinear = Callable[[Tensor, Tensor, PrimitiveTable, SiteTargets, Segments], None]
+"""correct(y, x, table, targets, segments): y (rows, out), the site's base output for x (rows, in),
+is changed in place; x and y are dense in their last dimension and may be strided over rows."""
