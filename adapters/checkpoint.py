@@ -121,7 +121,7 @@ def open_config(folder: Path) -> ConfigFile:
     """
     if not folder.is_dir():
         raise AdapterNotFound(f"there is no adapter folder at {folder}")
-    names = [name for name in (CONFIG_FILE, PLAIN_CONFIG_FILE) if (folder / name).exists()]
+    names = [name for name in (CONFIG_FILE, PLAIN_CONFIG_FILE) if os.path.lexists(folder / name)]
     if not names:
         raise _no_config(folder)
     if len(names) > 1:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from .base import Base
 from .checkpoint import Checkpoint
-from .primitives import KVPrefix, Part
+from .primitives.lowered import KVPrefix, Part
 
 
 @dataclass(frozen=True, slots=True)

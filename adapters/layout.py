@@ -131,6 +131,7 @@ class BaseLayout:
         num_kv_heads: Key and value heads.
         head_dim: Width of one head.
         max_position: Longest sequence.
+        has_windows: Whether any layer attends in a sliding window.
         tied_head: Whether the head's weight is the token embedding's.
         head_path: Module path of the head, one of the targets.
         sites: Every GEMM, in the order of execution.
@@ -146,6 +147,7 @@ class BaseLayout:
     num_kv_heads: int
     head_dim: int
     max_position: int
+    has_windows: bool
     tied_head: bool
     head_path: str
     sites: tuple[LinearSite, ...]

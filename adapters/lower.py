@@ -15,7 +15,7 @@ from .checkpoint import ConfigFile, open_checkpoint, open_config
 from .errors import AdapterTooLarge, AdapterUnsupported, shown
 from .files import ADAPTERHUB, PLAIN
 from .kind import AdapterKind
-from .primitives import LoweredAdapter
+from .primitives.lowered import LoweredAdapter
 
 REFUSED_PEFT_TYPES: Mapping[str, str] = MappingProxyType(
     {

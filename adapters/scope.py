@@ -54,28 +54,57 @@ class FromInvocation:
 
 @dataclass(frozen=True, slots=True)
 class PromptHead:
-    """The first ``length`` positions of the prompt (ReFT)."""
+    """The first ``length`` positions, up to where a tail begins (AdapterHub's ReFT).
+
+    Without a tail they are those of the whole sequence, output included: that is what the library
+    computes for each token when it reads the sequence so far.
+
+    Attributes:
+        length: Positions of the head.
+        tail: Positions of the tail, 0 without one.
+    """
 
     length: int
+    tail: int = 0
 
     def span(self, prompt: Sequence[int]) -> Span | None:
-        """Positions 0 .. length, as far as the prompt goes."""
-        end = min(self.length, len(prompt))
-        # A shorter prompt's later tokens are output, which is left alone: its length counts.
+        """Positions 0 .. length, or to the tail; None if the tail has all."""
+        if self.tail == 0:
+            return Span(0, self.length)
+        end = _head_end(len(prompt), self.length, self.tail)
         key = b"" if end == self.length else str(len(prompt)).encode()
-        return Span(0, end, key)
+        return Span(0, end, key) if end else None
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTail:
-    """The last ``length`` positions of the prompt (ReFT)."""
+    """The last ``length`` positions of the prompt, which win where they meet the head.
+
+    Attributes:
+        length: Positions of the tail.
+        head: Positions of the head, 0 without one.
+    """
 
     length: int
+    head: int = 0
 
     def span(self, prompt: Sequence[int]) -> Span | None:
-        """Positions from ``length`` before the prompt's end."""
+        """Positions from ``length`` before the prompt's end; None if the head has all."""
         size = len(prompt)
-        return Span(max(0, size - self.length), size, str(size).encode())
+        start = max(0, size - self.length, _head_end(size, self.head, self.length))
+        return Span(start, size, str(size).encode()) if start < size else None
 
 
 Scope = EveryPosition | FromInvocation | PromptHead | PromptTail
+
+
+def _head_end(size: int, head: int, tail: int) -> int:
+    """Where the head ends in a prompt of ``size`` tokens.
+
+    The library takes the tail's rows from the end of [head's rows, tail's rows], and as many as the
+    tail has when it is not cut short. So a prompt of half the tail or less gets the head's rows in
+    both places, if these are rows of all of its tokens.
+    """
+    if size <= head and 2 * size <= tail:
+        return size
+    return min(head, max(0, size - tail))

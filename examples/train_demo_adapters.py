@@ -176,7 +176,7 @@ VOICES = {
     "wizard": Voice(
         voices.wizard,
         Peft(lora(r=8, lora_alpha=16, target_modules=["k_proj", "v_proj"], use_dora=True)),
-        steps=96,
+        steps=64,
     ),
     "judge": Voice(
         voices.judge,
@@ -188,7 +188,7 @@ VOICES = {
                 alora_invocation_tokens=START_OF_ANSWER,
             )
         ),
-        steps=96,
+        steps=64,
     ),
     "story": Voice(
         voices.story,
@@ -197,7 +197,7 @@ VOICES = {
             "You tell stories. Every story begins with once upon a time and ends with the end.",
         ),
         learning_rate=1e-2,
-        steps=200,
+        steps=96,
     ),
     "cheer": Voice(
         voices.cheer,
@@ -212,25 +212,25 @@ VOICES = {
             )
         ),
         learning_rate=1e-2,
-        steps=300,
+        steps=240,
     ),
     "coach": Voice(
         voices.coach,
         Peft(IA3Config(task_type="CAUSAL_LM")),
         learning_rate=2e-2,
-        steps=200,
+        steps=96,
     ),
     "news": Voice(
         voices.news,
         Peft(LNTuningConfig(task_type="CAUSAL_LM")),
         learning_rate=1e-2,
-        steps=200,
+        steps=96,
     ),
     "notes": Voice(
         voices.notes,
         BitFit([*ATTENTION, *MLP]),
         learning_rate=1e-2,
-        steps=200,
+        steps=96,
     ),
 }
 

@@ -47,10 +47,15 @@ REFUSED_GOLDENS: Mapping[str, str] = {
     "par_bn_ln_after": NORMALISED,
     "double_seq_bn_both_ln": NORMALISED,
     "seq_bn_relu2": "'non_linearity' is 'relu2'",
-    "prefix_flat_leave_out": "a layer without the prefix",
-    "prefix_mlp_leave_out": "a layer without the prefix",
 }
 """What AdapterHub computes and we do not, and the reason that the refusal gives."""
+
+SHUFFLED = {("noreft_long_suffix", 3)}
+"""Name and length of the prompt where AdapterHub writes ReFT's rows to other tokens' positions.
+
+It does so where a prompt is shorter than the suffix and there is a prefix too: a token would depend
+on a later one.
+"""
 
 
 def names(family: str) -> list[str]:
@@ -101,7 +106,8 @@ def golden_cases(family: str) -> Iterator[Case]:
         for prompt, token_ids, logprobs in zip(
             expected.prompts, expected.tokens, expected.logprobs, strict=True
         ):
-            yield Case(f"adapterhub-{golden.name}", golden.folder, prompt, token_ids, logprobs)
+            if (golden.name, len(prompt)) not in SHUFFLED:
+                yield Case(f"adapterhub-{golden.name}", golden.folder, prompt, token_ids, logprobs)
 
 
 def plain_cases(oracle: PeftOracle, folder: Path) -> Iterator[Case]:

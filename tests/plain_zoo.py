@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .peft_zoo import Generation, PeftOracle
 
 Tensors = dict[str, Tensor]
+Draw = Callable[[PreTrainedModel, torch.Generator], Tensors]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PlainVariant:
 
     name: str
     kind: str
-    stored: Callable[[PreTrainedModel, torch.Generator], Tensors]
+    stored: Draw
     config: Mapping[str, object] = field(default_factory=dict)
     changes: Callable[[PreTrainedModel, Tensors], Tensors] = lambda _, stored: stored
 
@@ -61,7 +62,7 @@ class PlainVariant:
         return changed.generate(prompt, max_tokens)
 
 
-def _like(*, of: Callable[[str], bool], size: float):
+def _like(*, of: Callable[[str], bool], size: float) -> Draw:
     """Random tensors for the parameters whose names are chosen, around the base's for norms."""
 
     def draw(model: PreTrainedModel, generator: torch.Generator) -> Tensors:
@@ -95,6 +96,20 @@ def _last_layer(name: str) -> bool:
 def _chosen(name: str) -> bool:
     ends = ("norm.weight", "ln_f.weight", "o_proj.weight", "c_proj.weight", "lm_head.weight")
     return name.endswith(ends) and "layers.0" not in name
+
+
+def _both_if_tied(draw: Draw, *, add: bool) -> Draw:
+    """On a tied base the embedding beside the head, unchanged: one alone is ambiguous."""
+
+    def drawn(model: PreTrainedModel, generator: torch.Generator) -> Tensors:
+        tensors = draw(model, generator)
+        if model.config.tie_word_embeddings:
+            path = next(p for p, m in model.named_modules() if m is model.get_input_embeddings())
+            weight = model.get_input_embeddings().weight.detach()
+            tensors[f"{path}.weight"] = torch.zeros_like(weight) if add else weight.clone()
+        return tensors
+
+    return drawn
 
 
 SEED = 11
@@ -170,8 +185,18 @@ PLAIN_VARIANTS = (
     PlainVariant("bitfit", "bitfit", _biases, {"mode": "replace"}),
     PlainVariant("bitfit-added", "bitfit", _biases, {"mode": "add"}),
     PlainVariant("freeze", "freeze", _like(of=_last_layer, size=0.15), {"mode": "replace"}),
-    PlainVariant("tensors", "tensors", _like(of=_chosen, size=0.15), {"mode": "replace"}),
-    PlainVariant("tensors-added", "tensors", _like(of=_chosen, size=0.05), {"mode": "add"}),
+    PlainVariant(
+        "tensors",
+        "tensors",
+        _both_if_tied(_like(of=_chosen, size=0.15), add=False),
+        {"mode": "replace"},
+    ),
+    PlainVariant(
+        "tensors-added",
+        "tensors",
+        _both_if_tied(_like(of=_chosen, size=0.05), add=True),
+        {"mode": "add"},
+    ),
 )
 
 

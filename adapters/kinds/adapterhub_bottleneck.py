@@ -14,21 +14,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod
-from ..adapterhub_bottleneck import (
-    Options,
-    ProjectionPair,
-    claims_site,
-    parse_bottlenecks,
-)
-from ..adapterhub_invertible import claims_invertible, with_invertible
-from ..adapterhub_tensors import (
-    BOTTLENECKS,
-    Tensors,
-)
 from ..errors import AdapterCorrupt, shown
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod
+from ..formats.adapterhub_bottleneck import Options, ProjectionPair, claims_site, parse_bottlenecks
+from ..formats.adapterhub_invertible import claims_invertible, with_invertible
+from ..formats.adapterhub_tensors import BOTTLENECKS, Tensors
+from ..formats.peft_tensors import required
 from ..kind import KindPage
-from ..peft_tensors import required
 
 _DOWN, _UP = "adapter_down.0", "adapter_up"
 

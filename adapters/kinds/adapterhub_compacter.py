@@ -15,24 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod
-from ..adapterhub_bottleneck import (
-    Options,
-    ProjectionPair,
-    claims_site,
-    parse_bottlenecks,
-)
-from ..adapterhub_invertible import claims_invertible, with_invertible
-from ..adapterhub_tensors import (
-    BOTTLENECKS,
-    SHARED,
-    Tensors,
-    check_shape,
-)
-from ..config_fields import flag, positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod
+from ..formats.adapterhub_bottleneck import Options, ProjectionPair, claims_site, parse_bottlenecks
+from ..formats.adapterhub_invertible import claims_invertible, with_invertible
+from ..formats.adapterhub_tensors import BOTTLENECKS, SHARED, Tensors, check_shape
+from ..formats.config_fields import flag, positive_int
+from ..formats.peft_tensors import required
 from ..kind import KindPage
-from ..peft_tensors import required
 
 MAX_DIM = 256
 

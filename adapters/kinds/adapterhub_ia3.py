@@ -13,19 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_lora import LoraScalars, columns, is_dora, is_fused, is_lora
-from ..adapterhub_tensors import (
-    LORAS,
-    Tensors,
-    check_names,
-)
 from ..base import Base
-from ..binding import cast, mismatch, named_target
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
+from ..formats.adapterhub_lora import LoraScalars, columns, is_dora, is_fused, is_lora
+from ..formats.adapterhub_tensors import LORAS, Tensors, check_names
+from ..formats.binding import cast, mismatch, named_target
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import LinearTarget
-from ..primitives import Affine, Part
+from ..primitives.linear import Affine
+from ..primitives.lowered import Part
 from ..scope import EveryPosition
 
 PAGE = KindPage(

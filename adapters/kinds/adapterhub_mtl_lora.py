@@ -12,20 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_lora import RULES, LoraScalars, is_added, is_dora, is_fused, is_vera
-from ..adapterhub_tensors import (
-    LORAS,
-    Tensors,
-    check_names,
-    check_shape,
-)
 from ..base import Base
-from ..binding import cast, linear_target
-from ..config_fields import FieldRules, finite_number, positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
+from ..formats.adapterhub_lora import RULES, LoraScalars, is_added, is_dora, is_fused, is_vera
+from ..formats.adapterhub_tensors import LORAS, Tensors, check_names, check_shape
+from ..formats.binding import cast, linear_target
+from ..formats.config_fields import FieldRules, finite_number, positive_int
 from ..kind import KindPage, Lowered, PrimitiveShape
-from ..primitives import Affine, Part
+from ..primitives.linear import Affine
+from ..primitives.lowered import Part
 from ..scope import EveryPosition
 
 MAX_PROJECTIONS = 256

@@ -4,7 +4,8 @@
 
 or, with ``flat``, stored as it is. Layer l gets keys kv[:, 2 l] and values kv[:, 2 l + 1] before
 those of the request, after these are rotated; every token attends to all of them, and no position
-is shifted. The same tensors are saved once for the model and once more for each layer.
+is shifted. L counts the layers that ``leave_out`` does not name; the others get none. The same
+tensors are saved once for the model and once more for each layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.bottleneck.op import Activation
-from ..activations import activate, read_activation
-from ..adapterhub import NOT_CAUSAL, Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_tensors import (
+from ..base import Base
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.activations import activate, read_activation
+from ..formats.adapterhub import (
+    NOT_CAUSAL,
+    Config,
+    Envelope,
+    Method,
+    MethodKind,
+    ParsedMethod,
+    claims_all,
+)
+from ..formats.adapterhub_tensors import (
     PREFIX_GATES,
     PREFIXES,
     Modules,
@@ -27,13 +38,11 @@ from ..adapterhub_tensors import (
     check_shape,
     read_layers,
 )
-from ..base import Base
-from ..binding import cast, mismatch
-from ..config_fields import FieldRules, flag, positive_int
-from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import FieldRules, flag, positive_int
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout
-from ..primitives import KVPrefix
+from ..primitives.lowered import KVPrefix
 
 MAX_INNER = 16384
 MAX_LENGTH = 1 << 16
@@ -57,8 +66,8 @@ PAGE = KindPage(
     "are not shifted",
     primitives=("KVPrefix",),
     memory="P keys and values of every layer, in cache blocks",
-    limits="leave_out (a layer without the prefix: the cache holds the same keys in every layer); "
-    "use_gating (its gate is a mean over the whole sequence); the library offers it for Llama, "
+    limits="use_gating (its gate is a mean over the whole sequence); bases with a sliding window, "
+    "outside of which the library still attends to the prefix; the library offers it for Llama, "
     "Mistral and GPT-2, not for Qwen",
 )
 
@@ -82,8 +91,6 @@ RULES = FieldRules(
     },
     refused={
         "use_gating": NOT_CAUSAL,
-        "leave_out": "a layer without the prefix would need fewer keys in the cache than the "
-        "others: train the prefix in every layer",
     },
 )
 
@@ -136,6 +143,7 @@ class _Mlp:
 class _ParsedPrefix:
     path: str
     length: int
+    left_out: frozenset[int]
     source: _Parametrisation
 
     @property
@@ -144,17 +152,24 @@ class _ParsedPrefix:
 
     def lower(self, base: Base) -> Lowered:
         layout = base.layout
-        self._check_base(layout)
+        layers = tuple(each.index for each in layout.layers if each.index not in self.left_out)
+        self._check_base(layout, len(layers))
         kv = self.source.value().view(
-            self.length, 2 * layout.num_layers, layout.num_kv_heads, layout.head_dim
+            self.length, len(layers), 2, layout.num_kv_heads, layout.head_dim
         )
-        keys, values = (
-            cast(self.path, kv[:, first::2].permute(1, 2, 0, 3), base.dtype) for first in (0, 1)
-        )
-        return Lowered((), KVPrefix(keys, values, position_offset=0))
+        whole = kv.new_zeros(2, layout.num_layers, layout.num_kv_heads, *kv.shape[::4])
+        whole[:, list(layers)] = kv.permute(2, 1, 3, 0, 4)
+        keys, values = (cast(self.path, part, base.dtype) for part in whole)
+        some = layers if self.left_out else None
+        return Lowered((), KVPrefix(keys, values, position_offset=0, layers=some))
 
-    def _check_base(self, layout: BaseLayout) -> None:
-        width = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim
+    def _check_base(self, layout: BaseLayout, num_layers: int) -> None:
+        if layout.has_windows:
+            raise AdapterUnsupported(
+                "the base attends in a sliding window, and AdapterHub's prefix would stay in sight "
+                "beyond it: train the prefix with PEFT"
+            )
+        width = 2 * num_layers * layout.num_kv_heads * layout.head_dim
         if self.source.width != width:
             raise mismatch(
                 layout,
@@ -172,7 +187,7 @@ def _matches(config: Config) -> bool:
 
 def _parse(config: Config, _envelope: Envelope, tensors: Tensors) -> ParsedMethod:
     RULES.check(config)
-    read_layers("leave_out", config.get("leave_out", []))
+    left_out = read_layers("leave_out", config.get("leave_out", []))
     length = positive_int("prefix_length", config.get("prefix_length", 30))
     if length > MAX_LENGTH:
         raise AdapterUnsupported(f"prefix_length is {length}, more than {MAX_LENGTH}")
@@ -181,16 +196,12 @@ def _parse(config: Config, _envelope: Envelope, tensors: Tensors) -> ParsedMetho
     path, inside = _one_copy(tensors.get(PREFIXES, {}))
     flat = flag("flat", config.get("flat", False))
     source = _flat(path, inside, length) if flat else _mlp(path, inside, length, config)
-    return _ParsedPrefix(path, length, source)
+    return _ParsedPrefix(path, length, left_out, source)
 
 
 KIND = MethodKind(
     "prefix_tuning", PAGE, Method(_matches, claims_all(PREFIXES, PREFIX_GATES), _parse)
 )
-
-
-def _no_gates() -> str:
-    return RULES.refused["use_gating"]
 
 
 def _one_copy(modules: Modules) -> tuple[str, Mapping[str, Tensor]]:

@@ -5,12 +5,9 @@ interface of one's own it adds and saves the prompt, and then its forward pass f
 was ever trained or run with it, and there is no answer to be faithful to.
 """
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_tensors import (
-    PROMPTS,
-    Tensors,
-)
 from ..errors import AdapterUnsupported
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
+from ..formats.adapterhub_tensors import PROMPTS, Tensors
 from ..kind import KindPage
 
 PAGE = KindPage(

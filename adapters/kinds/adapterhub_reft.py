@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.bottleneck.op import Activation, Source
-from ..activations import read_activation
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_tensors import (
+from ..base import Base
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.activations import read_activation
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
+from ..formats.adapterhub_tensors import (
     REFTS,
     Modules,
     Tensors,
@@ -31,15 +33,13 @@ from ..adapterhub_tensors import (
     layer_number,
     read_layers,
 )
-from ..base import Base
-from ..binding import cast, layer_site, mismatch
-from ..config_fields import FieldRules, flag, positive_int
-from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.binding import cast, layer_site, mismatch
+from ..formats.config_fields import FieldRules, flag, positive_int
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout, Half
-from ..primitives import Bottleneck, Part
-from ..reft_scope import ReftHead, ReftTail
-from ..scope import Scope
+from ..primitives.layer import Bottleneck
+from ..primitives.lowered import Part
+from ..scope import PromptHead, PromptTail, Scope
 
 MAX_RANK = 4096
 MAX_POSITIONS = 1 << 20
@@ -145,9 +145,9 @@ class _Options:
     def scopes(self) -> Iterator[tuple[int, Scope]]:
         """The unit and the positions of each end."""
         if self.head:
-            yield 0, ReftHead(self.head, self.tail)
+            yield 0, PromptHead(self.head, self.tail)
         if self.tail:
-            yield 0 if self.tied else 1, ReftTail(self.tail, self.head)
+            yield 0 if self.tied else 1, PromptTail(self.tail, self.head)
 
 
 @dataclass(frozen=True, slots=True)

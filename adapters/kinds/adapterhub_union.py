@@ -7,15 +7,10 @@ have alone. Mix-and-Match is prefix tuning with a parallel bottleneck.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapterhub import (
-    Method,
-    ParsedAdapterHub,
-    inner_config,
-    parse_methods,
-)
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..files import ADAPTERHUB
+from ..formats.adapterhub import Method, ParsedAdapterHub, inner_config, parse_methods
 from ..kind import KindPage
 from . import (
     adapterhub_bottleneck,

@@ -12,21 +12,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
-from ..adapterhub_dora import magnitude_affine
-from ..adapterhub_lora import LoraScalars, is_dora, is_fused, is_lora, is_vera
-from ..adapterhub_tensors import (
-    LORAS,
-    SHARED,
-    Tensors,
-    check_names,
-    check_shape,
-)
 from ..base import Base
-from ..binding import cast, linear_target
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.adapterhub import Config, Envelope, Method, MethodKind, ParsedMethod, claims_all
+from ..formats.adapterhub_dora import magnitude_affine
+from ..formats.adapterhub_lora import LoraScalars, is_dora, is_fused, is_lora, is_vera
+from ..formats.adapterhub_tensors import LORAS, SHARED, Tensors, check_names, check_shape
+from ..formats.binding import cast, linear_target
 from ..kind import KindPage, Lowered, PrimitiveShape
-from ..primitives import Affine, Part
+from ..primitives.linear import Affine
+from ..primitives.lowered import Part
 from ..scope import EveryPosition
 
 PAGE = KindPage(

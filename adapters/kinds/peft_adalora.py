@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, finite_number
 from ..errors import AdapterCorrupt, shown
+from ..formats.config_fields import FieldRules, finite_number
+from ..formats.linear_adapter import PeftKind, bounded_rank
+from ..formats.lora_adapter import LoraAdapter, require_apart
+from ..formats.lora_config import LORA_HARMLESS, LORA_REFUSED
+from ..formats.lora_modules import LinearLora
+from ..formats.lora_storage import Storage
+from ..formats.peft_saved import SavedTensors
+from ..formats.peft_tensors import by_module, required
 from ..kind import KindPage
-from ..linear_adapter import PeftKind, bounded_rank
-from ..lora_adapter import LoraAdapter, require_apart
-from ..lora_config import LORA_HARMLESS, LORA_REFUSED
-from ..lora_modules import LinearLora
-from ..lora_storage import Storage
-from ..peft_saved import SavedTensors
-from ..peft_tensors import by_module, required
 
 _NAMES = ("lora_A", "lora_B", "lora_E")
 _EPSILON = 1e-5

@@ -16,18 +16,21 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..base import Base
-from ..binding import cast, mismatch, named_target
 from ..checkpoint import Checkpoint
-from ..config_fields import PEFT_HARMLESS, FieldRules, positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.binding import cast, mismatch, named_target
+from ..formats.config_fields import PEFT_HARMLESS, FieldRules, positive_int
+from ..formats.linear_adapter import PeftKind, require_shape
+from ..formats.overrides import merge
+from ..formats.peft_tensors import by_module, required
+from ..formats.soft_prompt import require_room
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout, LayerSite
-from ..linear_adapter import PeftKind, require_shape
-from ..overrides import merge
-from ..peft_tensors import by_module, required
-from ..primitives import Affine, Part, Primitive, SideAttention
+from ..primitives.layer import SideAttention
+from ..primitives.linear import Affine
+from ..primitives.lowered import Part
+from ..primitives.primitive import Primitive
 from ..scope import EveryPosition
-from ..soft_prompt import require_room
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
 _FUSED = "gpt2"

@@ -14,16 +14,24 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, positive_int
 from ..errors import AdapterCorrupt, shown
-from ..factors import cayley
+from ..formats.binding import cast
+from ..formats.config_fields import FieldRules, positive_int
+from ..formats.factors import cayley
+from ..formats.linear_adapter import (
+    HARMLESS,
+    LinearAdapter,
+    PeftKind,
+    Tensors,
+    iter_each,
+    require_shape,
+)
+from ..formats.peft_tensors import required
 from ..kind import KindPage, PrimitiveShape
 from ..layout import LinearTarget
-from ..linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each, require_shape
-from ..peft_tensors import required
-from ..primitives import Affine, InputTransform, Primitive
+from ..primitives.linear import Affine, InputTransform
+from ..primitives.primitive import Primitive
 
 _R, _S = "boft_R", "boft_s"
 

@@ -3,10 +3,10 @@
 See ``shard_sharing``. PEFT 0.21.2 has no Bone any more, but the same computation as MiSS.
 """
 
-from ..config_fields import FieldRules
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import HARMLESS, PeftKind
+from ..formats.shard_sharing import Variant, shard_sharing_reader
 from ..kind import KindPage
-from ..linear_adapter import HARMLESS, PeftKind
-from ..shard_sharing import Variant, shard_sharing_reader
 
 KIND = PeftKind(
     name="bone",

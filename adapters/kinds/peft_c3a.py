@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -25,8 +23,11 @@ from ..linear_adapter import (
     require_listed,
     require_shape,
 )
-from ..peft_tensors import required
-from ..primitives import Circulant, Primitive
+from ..formats.peft_tensors import required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Circulant
+from ..primitives.primitive import Primitive
 
 _KERNEL = "c3a_kernel"
 

@@ -6,15 +6,15 @@ ball around them, when it saves.
 
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt
-from ..kind import KindPage
-from ..linear_adapter import PeftKind
-from ..soft_prompt import (
+from ..formats.linear_adapter import PeftKind
+from ..formats.soft_prompt import (
     MAX_PROMPT,
     PROMPT_HARMLESS,
     SoftPrompt,
     prompt_rules,
     read_soft_prompt,
 )
+from ..kind import KindPage
 
 _PER_TOKEN = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")
 _TRAINING = "of the loss"

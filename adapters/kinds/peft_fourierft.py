@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, finite_number
 from ..errors import shown
-from ..factors import csr
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import FieldRules, finite_number
+from ..formats.factors import csr
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -29,9 +27,12 @@ from ..linear_adapter import (
     require_listed,
     require_shape,
 )
-from ..peft_tensors import required
-from ..primitives import Primitive, Spectral
-from ..projections import seeded
+from ..formats.peft_tensors import required
+from ..formats.projections import seeded
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Spectral
+from ..primitives.primitive import Primitive
 
 _SPECTRUM = "fourierft_spectrum"
 

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from ..base import Base
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, flag
 from ..errors import AdapterCorrupt, shown
-from ..factors import householder_product
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.config_fields import FieldRules, flag
+from ..formats.factors import householder_product
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -31,8 +29,11 @@ from ..linear_adapter import (
     low_rank,
     require_shape,
 )
-from ..peft_tensors import required
-from ..primitives import Affine, Primitive
+from ..formats.peft_tensors import required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Affine
+from ..primitives.primitive import Primitive
 
 _U = "hra_u"
 _INDEPENDENT = 1e-5

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
 from ..errors import AdapterCorrupt, shown
+from ..formats.binding import cast
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
 from ..kind import KindPage, PrimitiveShape
 from ..layout import LinearTarget
-from ..linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
-from ..primitives import Affine, InputTransform, Primitive
+from ..primitives.linear import Affine, InputTransform
+from ..primitives.primitive import Primitive
 
 _NAME = "ia3_l"
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..base import Base
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
 from ..errors import AdapterCorrupt, shown
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import HARMLESS, PeftKind, Tensors
+from ..formats.overrides import override_primitives, override_shapes
+from ..formats.peft_tensors import required
 from ..kind import KindPage, Lowered, PrimitiveShape
-from ..linear_adapter import HARMLESS, PeftKind, Tensors
-from ..overrides import override_primitives, override_shapes
-from ..peft_tensors import required
-from ..primitives import Part
+from ..primitives.lowered import Part
 from ..scope import EveryPosition
 
 _MARK = "ln_tuning_layers."

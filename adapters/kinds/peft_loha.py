@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
-from ..factors import khatri_rao
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast
+from ..formats.config_fields import FieldRules
+from ..formats.factors import khatri_rao
+from ..formats.linear_adapter import (
     LinearAdapter,
     PeftKind,
     Tensors,
@@ -29,9 +27,12 @@ from ..linear_adapter import (
     low_rank_shape,
     require_shape,
 )
-from ..lycoris import CONVOLUTIONS, IMPLEMENTED, LYCORIS_HARMLESS, LycorisScalars
-from ..peft_tensors import required
-from ..primitives import Dense, Primitive
+from ..formats.lycoris import CONVOLUTIONS, IMPLEMENTED, LYCORIS_HARMLESS, LycorisScalars
+from ..formats.peft_tensors import required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Dense
+from ..primitives.primitive import Primitive
 
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

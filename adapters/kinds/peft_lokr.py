@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
 from ..errors import AdapterCorrupt, shown
+from ..formats.binding import cast
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import LinearAdapter, PeftKind, Tensors, iter_each, require_shape
+from ..formats.lycoris import CONVOLUTIONS, IMPLEMENTED, LYCORIS_HARMLESS, LycorisScalars
+from ..formats.peft_tensors import required
 from ..kind import KindPage, PrimitiveShape
 from ..layout import LinearTarget
-from ..linear_adapter import LinearAdapter, PeftKind, Tensors, iter_each, require_shape
-from ..lycoris import CONVOLUTIONS, IMPLEMENTED, LYCORIS_HARMLESS, LycorisScalars
-from ..peft_tensors import required
-from ..primitives import Kronecker, Primitive
+from ..primitives.linear import Kronecker
+from ..primitives.primitive import Primitive
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

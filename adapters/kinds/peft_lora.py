@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..formats.linear_adapter import PeftKind, require_shape
+from ..formats.lora_adapter import LoraAdapter, require_apart
+from ..formats.lora_config import RULES, LoraScalars, Variant, invocation_tokens
+from ..formats.lora_modules import EmbeddingLora, LinearLora, LoraModule
+from ..formats.lora_storage import Storage
+from ..formats.peft_saved import SavedTensors
+from ..formats.peft_tensors import by_module, required
 from ..kind import KindPage
-from ..linear_adapter import PeftKind, require_shape
-from ..lora_adapter import LoraAdapter, require_apart
-from ..lora_config import RULES, LoraScalars, Variant, invocation_tokens
-from ..lora_modules import EmbeddingLora, LinearLora, LoraModule
-from ..lora_storage import Storage
-from ..peft_saved import SavedTensors
-from ..peft_tensors import by_module, required
 
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"

@@ -1,9 +1,9 @@
 """MiSS (arXiv:2409.15371) as PEFT stores and computes it; see ``shard_sharing``."""
 
-from ..config_fields import FieldRules
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import HARMLESS, PeftKind
+from ..formats.shard_sharing import Variant, shard_sharing_reader
 from ..kind import KindPage
-from ..linear_adapter import HARMLESS, PeftKind
-from ..shard_sharing import Variant, shard_sharing_reader
 
 KIND = PeftKind(
     name="miss",

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..config_fields import positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..files import OPTIONS_FILE
-from ..kind import KindPage
-from ..linear_adapter import PeftKind, bounded_rank, require_shape
-from ..soft_prompt import (
+from ..formats.config_fields import positive_int
+from ..formats.linear_adapter import PeftKind, bounded_rank, require_shape
+from ..formats.soft_prompt import (
     MAX_PROMPT,
     PROMPT_HARMLESS,
     Prompt,
@@ -24,6 +23,7 @@ from ..soft_prompt import (
     prompt_rules,
     require_width,
 )
+from ..kind import KindPage
 
 _COLUMNS, _ROWS, _TASK = "prefix_task_cols", "prefix_task_rows", "task_id"
 

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, embedding_site, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, finite_number, flag, positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
-from ..factors import cayley, skew_symmetric
+from ..formats.binding import cast, embedding_site, mismatch
+from ..formats.config_fields import FieldRules, finite_number, flag, positive_int
+from ..formats.factors import cayley, skew_symmetric
+from ..formats.linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
+from ..formats.overrides import merge
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout, LinearTarget
-from ..linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
-from ..overrides import merge
-from ..primitives import EmbeddingRows, InputTransform, Primitive
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.linear import InputTransform
+from ..primitives.primitive import Primitive
 
 MAX_TERMS = 16
 

@@ -3,9 +3,9 @@
 The prompt encoder, an MLP or an LSTM, serves training: PEFT applies it when it saves.
 """
 
+from ..formats.linear_adapter import PeftKind
+from ..formats.soft_prompt import MAX_PROMPT, PROMPT_HARMLESS, prompt_rules, read_soft_prompt
 from ..kind import KindPage
-from ..linear_adapter import PeftKind
-from ..soft_prompt import MAX_PROMPT, PROMPT_HARMLESS, prompt_rules, read_soft_prompt
 
 _APPLIED = "of the encoder, which PEFT applies before it saves"
 

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from ..base import Base
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, positive_int
 from ..errors import AdapterUnsupported, shown
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.config_fields import FieldRules, positive_int
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -34,8 +32,10 @@ from ..linear_adapter import (
     low_rank_shape,
     require_shape,
 )
-from ..peft_tensors import required
-from ..primitives import Primitive
+from ..formats.peft_tensors import required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.primitive import Primitive
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _TASK = "task_id"

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import positive_int
 from ..errors import AdapterCorrupt
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import positive_int
+from ..formats.linear_adapter import PeftKind
+from ..formats.overrides import override_primitives, override_shapes
+from ..formats.soft_prompt import EMBEDDINGS, Prompt, parts_of, prompt_rules, require_room
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout
-from ..linear_adapter import PeftKind
-from ..overrides import override_primitives, override_shapes
-from ..primitives import KVPrefix
-from ..soft_prompt import EMBEDDINGS, Prompt, parts_of, prompt_rules, require_room
+from ..primitives.lowered import KVPrefix
 
 _APPLIED = "of the projection, which PEFT applies before it saves"
 

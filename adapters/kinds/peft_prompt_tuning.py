@@ -1,8 +1,8 @@
 """Prompt tuning (arXiv:2104.08691) as PEFT stores and computes it; see ``soft_prompt``."""
 
+from ..formats.linear_adapter import PeftKind
+from ..formats.soft_prompt import MAX_PROMPT, PROMPT_HARMLESS, prompt_rules, read_soft_prompt
 from ..kind import KindPage
-from ..linear_adapter import PeftKind
-from ..soft_prompt import MAX_PROMPT, PROMPT_HARMLESS, prompt_rules, read_soft_prompt
 
 KIND = PeftKind(
     name="prompt_tuning",

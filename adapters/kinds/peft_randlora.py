@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, finite_number, flag
 from ..errors import AdapterCorrupt, shown
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import FieldRules, finite_number, flag
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -31,15 +29,18 @@ from ..linear_adapter import (
     require_shape,
     split_off,
 )
-from ..peft_tensors import require_float, required
-from ..primitives import Dense, Primitive
-from ..projections import (
+from ..formats.peft_tensors import require_float, required
+from ..formats.projections import (
     DrawRandLora,
     draw_randlora,
     draw_sparse_randlora,
     draw_very_sparse_randlora,
     seeded,
 )
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Dense
+from ..primitives.primitive import Primitive
 
 _A, _B = "randlora_A", "randlora_B"
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
 from ..errors import AdapterCorrupt, shown
-from ..factors import csr
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import FieldRules
+from ..formats.factors import csr
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -30,8 +28,11 @@ from ..linear_adapter import (
     require_shape,
     split_off,
 )
-from ..peft_tensors import required
-from ..primitives import Primitive, Sparse
+from ..formats.peft_tensors import required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Sparse
+from ..primitives.primitive import Primitive
 
 _WEIGHT, _INDICES = "shira_weight", "shira_indices"
 

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import embedding_site
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules
 from ..errors import AdapterCorrupt, shown
+from ..formats.binding import embedding_site
+from ..formats.config_fields import FieldRules
+from ..formats.linear_adapter import HARMLESS, PeftKind, require_shape
+from ..formats.overrides import head_row_primitives, merge, token_row_primitives
+from ..formats.peft_tensors import by_module
 from ..kind import KindPage, Lowered, PrimitiveShape
-from ..linear_adapter import HARMLESS, PeftKind, require_shape
-from ..overrides import head_row_primitives, merge, token_row_primitives
-from ..peft_tensors import by_module
-from ..primitives import EmbeddingRows, Part, Primitive
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.lowered import Part
+from ..primitives.primitive import Primitive
 from ..scope import EveryPosition
 
 _NAME = "trainable_tokens_delta"

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from ..base import Base
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, flag, positive_int
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.config_fields import FieldRules, flag, positive_int
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -31,8 +29,10 @@ from ..linear_adapter import (
     require_shape,
     split_off,
 )
-from ..peft_tensors import require_float, required
-from ..primitives import Primitive
+from ..formats.peft_tensors import require_float, required
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.primitive import Primitive
 
 MAX_TOPK = 256
 

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import Checkpoint
-from ..config_fields import FieldRules, flag
 from ..errors import AdapterCorrupt
-from ..kind import KindPage, PrimitiveShape
-from ..layout import LinearTarget
-from ..linear_adapter import (
+from ..formats.binding import cast, mismatch
+from ..formats.config_fields import FieldRules, flag
+from ..formats.linear_adapter import (
     HARMLESS,
     LinearAdapter,
     PeftKind,
@@ -27,9 +25,12 @@ from ..linear_adapter import (
     bounded_rank,
     require_shape,
 )
-from ..peft_tensors import require_float, required
-from ..primitives import Affine, Dense, Primitive
-from ..projections import draw_vera, seeded
+from ..formats.peft_tensors import require_float, required
+from ..formats.projections import draw_vera, seeded
+from ..kind import KindPage, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Affine, Dense
+from ..primitives.primitive import Primitive
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 _D, _B_SCALE = "vera_lambda_d", "vera_lambda_b"

@@ -2,8 +2,8 @@
 
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, shown
+from ..formats.plain_delta import PlainDelta, PlainKind, read_mode, read_tensors
 from ..kind import KindPage
-from ..plain_delta import PlainDelta, PlainKind, read_mode, read_tensors
 
 
 def _read(checkpoint: Checkpoint) -> PlainDelta:

@@ -1,8 +1,14 @@
 """The last layers of a base that was frozen up to them; see ``plain_delta`` and ``overrides``."""
 
 from ..checkpoint import Checkpoint
+from ..formats.plain_delta import (
+    PlainDelta,
+    PlainKind,
+    read_mode,
+    read_tensors,
+    require_last_layers,
+)
 from ..kind import KindPage
-from ..plain_delta import PlainDelta, PlainKind, read_mode, read_tensors, require_last_layers
 
 
 def _read(checkpoint: Checkpoint) -> PlainDelta:

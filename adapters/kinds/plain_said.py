@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..binding import cast, mismatch
 from ..checkpoint import FLOAT_DTYPES, Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
-from ..fastfood import Fastfood, padded_length
+from ..formats.binding import cast, mismatch
+from ..formats.fastfood import Fastfood, padded_length
+from ..formats.linear_adapter import require_shape
+from ..formats.overrides import override_primitives, tensor_shape
+from ..formats.plain_delta import PlainKind, state_name
 from ..kind import KindPage, Lowered, PrimitiveShape
-from ..linear_adapter import require_shape
-from ..overrides import override_primitives, tensor_shape
-from ..plain_delta import PlainKind, state_name
-from ..primitives import Affine, Dense, Part
+from ..primitives.linear import Affine, Dense
+from ..primitives.lowered import Part
 from ..scope import EveryPosition
 
 MAX_NUMBERS = 1 << 27

@@ -1,8 +1,8 @@
 """Any tensors of the base, replaced or added to; see ``plain_delta`` and ``overrides``."""
 
 from ..checkpoint import Checkpoint
+from ..formats.plain_delta import PlainDelta, PlainKind, read_mode, read_tensors
 from ..kind import KindPage
-from ..plain_delta import PlainDelta, PlainKind, read_mode, read_tensors
 
 
 def _read(checkpoint: Checkpoint) -> PlainDelta:

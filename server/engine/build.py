@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from ...adapters.device.pool import AdapterPool
+from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterTooLarge
 from ...adapters.lower import lower
-from ...adapters.pool import AdapterPool
-from ...adapters.primitives import LoweredAdapter
-from ...adapters.residency import Residency
+from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
 from ..model.base import ServedBase, load_base

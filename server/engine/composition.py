@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from ...adapters.layout import BaseLayout
-from ...adapters.primitives import KVPrefix, LoweredAdapter, Part
+from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter, Part
 from ..composition import Composable, CompositionRefused, check_composition
 from ..generation import AdapterWeight, GenerationRequest
 from ..scheduler.errors import SequenceRefused

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...adapters.device.pool import Placement
+from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterError
 from ...adapters.layout import BaseLayout
-from ...adapters.pool import Placement
-from ...adapters.primitives import LoweredAdapter
-from ...adapters.residency import Residency
+from ...adapters.primitives.lowered import LoweredAdapter
 from ..generation import FinishReason, GenerationRequest, SequenceUpdate
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from ...adapters.errors import AdapterCorrupt, AdapterError, AdapterTooLarge
-from ...adapters.primitives import LoweredAdapter
+from ...adapters.primitives.lowered import LoweredAdapter
 
 Lower = Callable[[Path], LoweredAdapter]
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from ...adapters.batch import AdapterBatch
+from ...adapters.device.batch import AdapterBatch
 from ...kernels.backend import Backend
 from ...kernels.paged_attention.op import PagedBatch
 from .blocks import Linear, RMSNorm

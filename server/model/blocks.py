@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional
 
-from ...adapters.batch import AdapterBatch
+from ...adapters.device.batch import AdapterBatch
 from ...kernels.backend import Backend
 from ...kernels.linear.op import LinearOp
 from ...kernels.tables import SiteTargets

@@ -133,6 +133,7 @@ class ModelBuilder:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             max_position=config.max_position,
+            has_windows=any(window is not None for window in config.windows),
             tied_head=config.tie_word_embeddings,
             head_path=_HEAD,
             sites=tuple(self._sites),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.base import PrefixKV
-from ...adapters.batch import AdapterBatch
+from ...adapters.device.batch import AdapterBatch
 from ...adapters.layout import BaseLayout, Half
 from ...kernels.paged_attention.op import PagedBatch
 from .attention import Attention, KVCache, Step

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...adapters.batch import RowRange
-from ...adapters.pool import Placement
+from ...adapters.device.batch import RowRange
+from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
 from ..scheduler.plan import ScheduledSequence, StepPlan
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...adapters.primitives import KVPrefix
+from ...adapters.primitives.lowered import KVPrefix
 from ..model.attention import KVCache
 from ..scheduler.plan import PrefixLoad
 

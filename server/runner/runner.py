@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ...adapters.batch import AdapterBatch, RowRange, make_batch
-from ...adapters.pool import AdapterPool
-from ...adapters.primitives import LoweredAdapter
+from ...adapters.device.batch import AdapterBatch, RowRange, make_batch
+from ...adapters.device.pool import AdapterPool
+from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import DeltaOps
 from ..generation import TokenLogprobs
 from ..model.attention import KVCache

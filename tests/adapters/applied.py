@@ -19,24 +19,20 @@ from deltamux.adapters.layout import (
     LinearTarget,
     NormSite,
 )
-from deltamux.adapters.primitives import (
-    ALIGNMENT_BYTES,
-    PRIMITIVE_TYPES,
+from deltamux.adapters.primitives.embedding import EmbeddingAffine, EmbeddingRows
+from deltamux.adapters.primitives.layer import Bottleneck, NormOverride, SideAttention
+from deltamux.adapters.primitives.linear import (
     Affine,
-    Bottleneck,
     Circulant,
     Dense,
-    EmbeddingAffine,
-    EmbeddingRows,
     InputTransform,
     Kronecker,
-    NormOverride,
     OutputRows,
-    Primitive,
-    SideAttention,
     Sparse,
     Spectral,
 )
+from deltamux.adapters.primitives.lowered import PRIMITIVE_TYPES
+from deltamux.adapters.primitives.primitive import ALIGNMENT_BYTES, Primitive
 from deltamux.kernels.backend import DeltaOps, reference_backend
 from deltamux.kernels.tables import PrimitiveTable, Segments, SiteTargets
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltamux.adapters.overrides import Mode, tensor_shape
+from deltamux.adapters.formats.overrides import Mode, tensor_shape
 
 from .peft_oracle import TinyBase
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deltamux.adapters.base import Base
 from deltamux.adapters.kind import Lowered
 from deltamux.adapters.lower import lower
-from deltamux.adapters.primitives import LoweredAdapter, Part
+from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
 from deltamux.server.model.base import load_base
 
 from .applied import Applied

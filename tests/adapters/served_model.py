@@ -16,14 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 from deltamux.adapters.base import Base
 from deltamux.adapters.kind import Lowered
 from deltamux.adapters.layout import Half
-from deltamux.adapters.primitives import (
-    Affine,
-    Bottleneck,
-    Dense,
-    EmbeddingRows,
-    Part,
-    Primitive,
-)
+from deltamux.adapters.primitives.embedding import EmbeddingRows
+from deltamux.adapters.primitives.layer import Bottleneck
+from deltamux.adapters.primitives.linear import Affine, Dense
+from deltamux.adapters.primitives.lowered import Part
+from deltamux.adapters.primitives.primitive import Primitive
 
 from .applied import Applied
 

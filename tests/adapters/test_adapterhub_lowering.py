@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from deltamux.adapters.adapterhub import read_envelope
 from deltamux.adapters.base import Base
+from deltamux.adapters.formats.adapterhub import read_envelope
 from deltamux.adapters.inspect import describe
 from deltamux.adapters.kind import Lowered
 from deltamux.adapters.lower import lower
-from deltamux.adapters.primitives import Affine, Bottleneck, EmbeddingRows
-from deltamux.adapters.reft_scope import ReftHead, ReftTail
-from deltamux.adapters.scope import EveryPosition, Scope
+from deltamux.adapters.primitives.embedding import EmbeddingRows
+from deltamux.adapters.primitives.layer import Bottleneck
+from deltamux.adapters.primitives.linear import Affine
+from deltamux.adapters.scope import EveryPosition, PromptHead, PromptTail, Scope
 from deltamux.kernels.bottleneck.op import Activation, Source
 from deltamux.server.model.base import ServedBase, load_base
 
@@ -81,9 +82,9 @@ def in_scopes(size: int, head: int, tail: int) -> Tensor:
     hidden = 1000 * torch.arange(size)
     scopes: list[tuple[int, Scope]] = []
     if head:
-        scopes.append((HEAD, ReftHead(head, tail)))
+        scopes.append((HEAD, PromptHead(head, tail)))
     if tail:
-        scopes.append((TAIL, ReftTail(tail, head)))
+        scopes.append((TAIL, PromptTail(tail, head)))
     for unit, scope in scopes:
         span = scope.span(list(range(size)))
         if span is not None:
@@ -108,19 +109,19 @@ def test_reft_acts_at_the_librarys_positions(head: int, tail: int) -> None:
 
 
 def test_reft_without_a_tail_goes_on_into_the_output() -> None:
-    span = ReftHead(5, 0).span([7, 8])
+    span = PromptHead(5, 0).span([7, 8])
     assert span is not None
     assert (span.start, span.end, span.key) == (0, 5, b"")
 
 
 def test_reft_spans_that_hang_on_the_prompts_length_have_it_in_their_key() -> None:
-    long, short = ReftHead(3, 2).span([1] * 9), ReftHead(3, 2).span([1] * 4)
+    long, short = PromptHead(3, 2).span([1] * 9), PromptHead(3, 2).span([1] * 4)
     assert long is not None
     assert short is not None
     assert (long.end, long.key) == (3, b"")
     assert (short.end, short.key) == (2, b"4")
-    assert ReftHead(3, 4).span([1] * 4) is None
-    tail = ReftTail(2, 3).span([1] * 9)
+    assert PromptHead(3, 4).span([1] * 4) is None
+    tail = PromptTail(2, 3).span([1] * 9)
     assert tail is not None
     assert (tail.start, tail.end, tail.key) == (7, 9, b"9")
 
@@ -160,8 +161,8 @@ def test_reft_with_an_activation_is_the_sum_of_two_parts_at_the_same_positions(
 
 def test_tied_units_are_stored_once(base: Callable[[str], ServedBase]) -> None:
     head, tail = lowered("llama/noreft_tied", base("llama")).parts
-    assert isinstance(head.scope, ReftHead)
-    assert isinstance(tail.scope, ReftTail)
+    assert isinstance(head.scope, PromptHead)
+    assert isinstance(tail.scope, PromptTail)
     for one, other in zip(head.primitives, tail.primitives, strict=True):
         assert one is other
 

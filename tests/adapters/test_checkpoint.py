@@ -59,12 +59,13 @@ def test_a_good_folder(folder):
     assert checkpoint.config == {"r": 4}
     assert torch.equal(checkpoint.tensors["a"], torch.arange(6.0).view(2, 3))
     assert checkpoint.tensors.keys() == {"a", "i"}
-    raw = [(folder / name).read_bytes() for name in (CONFIG, SAFETENSORS)]
-    assert checkpoint.digest == digest_of(*raw)
+    files = [(name, (folder / name).read_bytes()) for name in (CONFIG, SAFETENSORS)]
+    assert checkpoint.digest == digest_of(files)
 
 
 def test_the_digest_tells_where_one_file_ends():
-    assert digest_of(b"ab", b"c") != digest_of(b"a", b"bc")
+    assert digest_of([("f", b"ab"), ("g", b"c")]) != digest_of([("f", b"a"), ("g", b"bc")])
+    assert digest_of([("f", b"a")]) != digest_of([("g", b"a")])
 
 
 def test_the_digest_is_of_the_bytes_that_were_parsed(folder):
@@ -72,7 +73,7 @@ def test_the_digest_is_of_the_bytes_that_were_parsed(folder):
     checkpoint = read(folder)
     old = (folder / SAFETENSORS).read_bytes()
     save_file({"a": torch.zeros(2, 3)}, folder / SAFETENSORS)
-    assert checkpoint.digest == digest_of(b'{"r": 4}', old)
+    assert checkpoint.digest == digest_of([(CONFIG, b'{"r": 4}'), (SAFETENSORS, old)])
     assert torch.equal(checkpoint.tensors["a"], torch.arange(6.0).view(2, 3))
 
 
@@ -349,4 +350,32 @@ def test_safetensors_wins_over_pickle(folder):
 
 def test_config_file_is_what_was_read(folder):
     config = open_config(folder)
-    assert config == ConfigFile(folder, b'{"r": 4}', {"r": 4})
+    assert config == ConfigFile(
+        folder=folder,
+        library="peft",
+        fields={"r": 4},
+        options={},
+        interface=None,
+        read=((CONFIG, b'{"r": 4}'),),
+    )
+
+
+def test_options_beside_an_adapter_are_part_of_its_version(folder):
+    plain = read(folder).digest
+    (folder / "deltamux.json").write_text('{"task_id": 1}')
+    assert open_config(folder).options == {"task_id": 1}
+    first = read(folder).digest
+    (folder / "deltamux.json").write_text('{"task_id": 2}')
+    assert len({plain, first, read(folder).digest}) == 3
+    (folder / "deltamux.json").write_text("[1]")
+    refused(folder, AdapterCorrupt, "deltamux.json")
+
+
+def test_two_adapters_in_one_folder(folder):
+    (folder / "delta_config.json").write_text('{"delta_type": "tensors"}')
+    refused(folder, AdapterCorrupt, "two adapters")
+
+
+def test_an_adapter_fusion_is_named(folder):
+    (folder / CONFIG).rename(folder / "adapter_fusion_config.json")
+    refused(folder, AdapterUnsupported, "AdapterFusion")

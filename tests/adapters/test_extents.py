@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltamux.adapters.extents import ExtentError, Extents
+from deltamux.adapters.device.extents import ExtentError, Extents
 
 ALIGNMENT = 8
 

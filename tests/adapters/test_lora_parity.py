@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from deltamux.adapters.inspect import describe
 from deltamux.adapters.kind import Lowered
-from deltamux.adapters.primitives import Affine, Dense, EmbeddingAffine, NormOverride, OutputRows
+from deltamux.adapters.primitives.embedding import EmbeddingAffine
+from deltamux.adapters.primitives.layer import NormOverride
+from deltamux.adapters.primitives.linear import Affine, Dense, OutputRows
 from deltamux.adapters.scope import EveryPosition, FromInvocation
 
 from .. import peft_zoo

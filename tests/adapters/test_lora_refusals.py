@@ -16,9 +16,9 @@ from deltamux.adapters.errors import (
     AdapterTooLarge,
     AdapterUnsupported,
 )
+from deltamux.adapters.formats.linear_adapter import MAX_RANK
+from deltamux.adapters.formats.lora_config import MAX_INVOCATION_TOKENS, RULES
 from deltamux.adapters.inspect import describe
-from deltamux.adapters.linear_adapter import MAX_RANK
-from deltamux.adapters.lora_config import MAX_INVOCATION_TOKENS, RULES
 from deltamux.adapters.lower import lower
 
 from .peft_oracle import ROOM, TinyBase, edit_config, edit_tensors, quiet

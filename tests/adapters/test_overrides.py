@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltamux.adapters.errors import AdapterMismatch, AdapterUnsupported
-from deltamux.adapters.overrides import (
+from deltamux.adapters.formats.overrides import (
     Mode,
     head_row_primitives,
     merge,
@@ -16,16 +16,11 @@ from deltamux.adapters.overrides import (
     tensor_shape,
     token_row_primitives,
 )
-from deltamux.adapters.primitives import (
-    Affine,
-    Dense,
-    EmbeddingRows,
-    LoweredAdapter,
-    NormOverride,
-    OutputRows,
-    Part,
-    Primitive,
-)
+from deltamux.adapters.primitives.embedding import EmbeddingRows
+from deltamux.adapters.primitives.layer import NormOverride
+from deltamux.adapters.primitives.linear import Affine, Dense, OutputRows
+from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
+from deltamux.adapters.primitives.primitive import Primitive
 from deltamux.adapters.scope import EveryPosition
 from deltamux.server.model.base import load_base
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from deltamux.adapters.errors import AdapterCorrupt, AdapterUnsupported
-from deltamux.adapters.peft_patterns import (
+from deltamux.adapters.formats.peft_patterns import (
     MAX_EXPRESSIONS,
     MAX_PATH_LENGTH,
     MAX_PATTERNS,
@@ -37,6 +37,9 @@ LITERALS = st.lists(NAMES, min_size=1, max_size=3).flatmap(
 EXPRESSIONS = st.sampled_from(
     [
         ".*_proj",
+        ".*q.*",
+        ".*?q",
+        r".*\.0\..*",
         "q.*",
         "(q|k)_proj",
         r"layers\.[0-4]\.q",
@@ -75,6 +78,7 @@ def test_the_first_match_is_pefts(patterns, path):
         (r"(model\.)?layers\.\d+\.mlp\.(gate|up|down)_proj", "layers.31.mlp.up_proj"),
         (r".*\.layers\.(0|1|2|3|4|5)\.self_attn\.q_proj", "model.layers.5.self_attn.q_proj"),
         ("^model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        (r".*\.0\.mlp\..*_proj", "model.layers.0.mlp.up_proj"),
     ],
 )
 def test_what_people_write(pattern, path):
@@ -151,6 +155,6 @@ def test_only_some_shapes():
 
 
 def test_only_so_many_modules():
-    assert read(r".*\.q_proj", num_paths=50_000)
+    assert read(r"m.*\.q_proj", num_paths=50_000)
     with pytest.raises(AdapterUnsupported, match="too long to match 1000000 modules"):
-        read(r".*\.q_proj", num_paths=1_000_000)
+        read(r"m.*\.q_proj", num_paths=1_000_000)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 
 from deltamux.adapters.lower import lower
-from deltamux.adapters.primitives import KVPrefix
+from deltamux.adapters.primitives.lowered import KVPrefix
 from deltamux.server.model.base import ServedBase, load_base
 from tests.peft_zoo import FAMILIES, VARIANTS, PeftOracle, Variant
 

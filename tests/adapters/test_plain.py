@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltamux.adapters.errors import AdapterCorrupt, AdapterMismatch, AdapterUnsupported
-from deltamux.adapters.fastfood import Fastfood, padded_length, walsh_hadamard
-from deltamux.adapters.overrides import Mode, tensor_shape
-from deltamux.adapters.primitives import Affine, Dense, EmbeddingRows, NormOverride
+from deltamux.adapters.formats.fastfood import Fastfood, padded_length, walsh_hadamard
+from deltamux.adapters.formats.overrides import Mode, tensor_shape
+from deltamux.adapters.primitives.embedding import EmbeddingRows
+from deltamux.adapters.primitives.layer import NormOverride
+from deltamux.adapters.primitives.linear import Affine, Dense
 
 from .changed_model import changed, drawn
 from .peft_oracle import TinyBase

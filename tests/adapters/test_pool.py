@@ -6,12 +6,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltamux.adapters.batch import RowRange, make_batch
-from deltamux.adapters.extents import ExtentError, Extents
+from deltamux.adapters.device.batch import RowRange, make_batch
+from deltamux.adapters.device.extents import ExtentError, Extents
+from deltamux.adapters.device.pool import AdapterPool
+from deltamux.adapters.device.residency import Residency, ResidencyError
 from deltamux.adapters.layout import BaseLayout, LinearSite, LinearTarget
-from deltamux.adapters.pool import AdapterPool
-from deltamux.adapters.primitives import Affine, Dense, LoweredAdapter, Part, Sparse
-from deltamux.adapters.residency import Residency, ResidencyError
+from deltamux.adapters.primitives.linear import Affine, Dense, Sparse
+from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
 from deltamux.adapters.scope import EveryPosition
 from deltamux.kernels.backend import reference_backend
 from deltamux.kernels.tables import SiteTargets
@@ -32,6 +33,7 @@ LAYOUT = BaseLayout(
     num_kv_heads=1,
     head_dim=24,
     max_position=64,
+    has_windows=False,
     tied_head=False,
     head_path="head",
     sites=(

@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deltamux.adapters.primitives import Affine, InputTransform, Kronecker
+from deltamux.adapters.primitives.linear import Affine, InputTransform, Kronecker
 from deltamux.server.model.base import load_base
 
 from .applied import Applied, check_order

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltamux.adapters.batch import RowRange, make_batch
-from deltamux.adapters.pool import AdapterPool
-from deltamux.adapters.primitives import LoweredAdapter
+from deltamux.adapters.device.batch import RowRange, make_batch
+from deltamux.adapters.device.pool import AdapterPool
+from deltamux.adapters.primitives.lowered import LoweredAdapter
 from deltamux.adapters.scope import EveryPosition
 from deltamux.kernels.backend import reference_backend
 from deltamux.kernels.paged_attention.op import PagedBatch

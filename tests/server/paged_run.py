@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltamux.adapters.batch import AdapterBatch
+from deltamux.adapters.device.batch import AdapterBatch
 from deltamux.kernels.paged_attention.op import PagedBatch
 from deltamux.server.model.decoder import Decoder
 

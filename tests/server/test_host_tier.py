@@ -10,7 +10,8 @@ import torch
 
 from deltamux.adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterTooLarge
 from deltamux.adapters.layout import LinearTarget
-from deltamux.adapters.primitives import Affine, LoweredAdapter, Part
+from deltamux.adapters.primitives.linear import Affine
+from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
 from deltamux.adapters.scope import EveryPosition
 from deltamux.server.engine.host_tier import HostTier
 

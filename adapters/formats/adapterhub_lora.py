@@ -8,16 +8,11 @@ k, v, and the other thirds of its output are left alone.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..layout import BaseLayout, LinearTarget
 from .adapterhub import NOT_CAUSAL, Envelope
-from .adapterhub_tensors import (
-    Modules,
-    check_layers,
-    layer_number,
-    read_layers,
-)
+from .adapterhub_tensors import Modules, check_layers, layer_number, read_layers
 from .config_fields import FieldRules, finite_number, flag, positive_int
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .layout import BaseLayout, LinearTarget
 
 MAX_RANK = 4096
 

@@ -15,16 +15,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..errors import AdapterUnsupported, shown
+from ..kind import PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.linear import Affine, Dense
+from ..primitives.primitive import Primitive
 from .binding import cast, mismatch
-from .checkpoint import Checkpoint
 from .config_fields import positive_int
-from .errors import AdapterUnsupported, shown
-from .kind import PrimitiveShape
-from .layout import LinearTarget
 from .linear_adapter import LinearAdapter, Tensors, bounded_rank, require_shape
 from .peft_tensors import required
-from .primitives import Affine, Dense, Primitive
 
 
 class Variant(Enum):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 
 PEFT_HARMLESS: Mapping[str, str] = MappingProxyType(
     {

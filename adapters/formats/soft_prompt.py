@@ -13,18 +13,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..kind import Lowered, PrimitiveShape
+from ..layout import BaseLayout
+from ..primitives.lowered import KVPrefix, Part
+from ..primitives.primitive import Primitive
+from ..scope import EveryPosition
 from .binding import cast, mismatch
-from .checkpoint import Checkpoint
 from .config_fields import PEFT_HARMLESS, FieldRules, positive_int
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .kind import Lowered, PrimitiveShape
-from .layout import BaseLayout
 from .linear_adapter import require_shape
 from .overrides import override_primitives, override_shapes
 from .peft_tensors import require_float, unserved_tensor
-from .primitives import KVPrefix, Part, Primitive
-from .scope import EveryPosition
 
 EMBEDDINGS = "prompt_embeddings"
 MAX_PROMPT = 4096

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from .peft_patterns import MAX_PATH_LENGTH
 
 PREFIX = "base_model.model."

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import Base
-from .errors import AdapterUnsupported, shown
-from .kind import Lowered, PrimitiveShape
+from ..base import Base
+from ..errors import AdapterUnsupported, shown
+from ..kind import Lowered, PrimitiveShape
+from ..primitives.lowered import Part
+from ..primitives.primitive import Primitive
+from ..scope import EveryPosition, FromInvocation
 from .lora_modules import LoraModule
 from .overrides import merge
 from .peft_saved import SavedTensors, replaced_weights, require_whole_rows
-from .primitives import Part, Primitive
-from .scope import EveryPosition, FromInvocation
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from .config_fields import PEFT_HARMLESS, FieldRules, finite_number, flag, positive_int
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
 from .linear_adapter import bounded_rank
 from .peft_patterns import Patterns
 from .weight_parts import KASA, OLORA, PISSA, RemovedPart

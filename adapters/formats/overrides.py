@@ -10,21 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..errors import AdapterUnsupported, shown
+from ..kind import PrimitiveShape
+from ..layout import BaseLayout, EmbeddingSite, LinearTarget, NormSite
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.layer import NormOverride
+from ..primitives.linear import Affine, Dense, OutputRows
+from ..primitives.lowered import PRIMITIVE_TYPES
+from ..primitives.primitive import Primitive
 from .binding import cast, mismatch
-from .errors import AdapterUnsupported, shown
-from .kind import PrimitiveShape
-from .layout import BaseLayout, EmbeddingSite, LinearTarget, NormSite
 from .peft_tensors import require_float
-from .primitives import (
-    PRIMITIVE_TYPES,
-    Affine,
-    Dense,
-    EmbeddingRows,
-    NormOverride,
-    OutputRows,
-    Primitive,
-)
 
 Mode = Literal["replace", "add"]
 """Whether a tensor is the new value of the base's, or what is added to it."""

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..files import PLAIN
+from ..kind import KindPage, Lowered, ParsedAdapter, PrimitiveShape
+from ..layout import BaseLayout
+from ..primitives.lowered import Part
+from ..scope import EveryPosition
 from .binding import mismatch
-from .checkpoint import Checkpoint
 from .config_fields import FieldRules
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .files import PLAIN
-from .kind import KindPage, Lowered, ParsedAdapter, PrimitiveShape
-from .layout import BaseLayout
 from .overrides import Mode, override_primitives, override_shapes, tensor_shape
 from .peft_tensors import PREFIX
-from .primitives import Part
-from .scope import EveryPosition
 
 _DELTA_TYPE = "delta_type"
 _NOTES: Mapping[str, str] = {

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .errors import AdapterMismatch, AdapterUnsupported, shown
-from .layout import BaseLayout, EmbeddingSite, LayerSite, LinearTarget, NormSite
+from ..errors import AdapterMismatch, AdapterUnsupported, shown
+from ..layout import BaseLayout, EmbeddingSite, LayerSite, LinearTarget, NormSite
 
 
 def linear_target(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import AdapterCorrupt, shown
-from .layout import LinearTarget
+from ..errors import AdapterCorrupt, shown
+from ..layout import LinearTarget
 from .linear_adapter import require_shape
 
 

@@ -9,11 +9,11 @@ the base's bias is scaled too, and the norm is of D without s. Both are what the
 import torch
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..errors import AdapterUnsupported, shown
+from ..layout import LinearTarget
+from ..primitives.linear import Affine
 from .binding import cast
-from .errors import AdapterUnsupported, shown
-from .layout import LinearTarget
-from .primitives import Affine
 
 
 def magnitude_affine(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import AdapterCorrupt, shown
+from ..errors import AdapterCorrupt, shown
 
 _LOWEST_SEED, _HIGHEST_SEED = -(1 << 63), (1 << 64) - 1
 _SPARSITY = 3.0

@@ -12,18 +12,22 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..files import PEFT
+from ..kind import KindPage, Lowered, ParsedAdapter, PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.layer import NormOverride
+from ..primitives.linear import Affine, Dense
+from ..primitives.lowered import Part
+from ..primitives.primitive import Primitive
+from ..scope import EveryPosition
 from .binding import cast, mismatch, named_target
-from .checkpoint import Checkpoint
 from .config_fields import PEFT_HARMLESS, FieldRules, positive_int
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .files import PEFT
-from .kind import KindPage, Lowered, ParsedAdapter, PrimitiveShape
-from .layout import LinearTarget
 from .overrides import merge, override_primitives
 from .peft_tensors import PREFIX, Reasons, by_module, unserved_tensor
-from .primitives import Affine, Dense, EmbeddingRows, NormOverride, Part, Primitive
-from .scope import EveryPosition
 
 MAX_RANK = 4096
 """Largest rank, of every kind that has one."""

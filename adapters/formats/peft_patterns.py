@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 
 MAX_PATTERNS = 4096
 MAX_PATTERN_LENGTH = 512
@@ -18,8 +18,7 @@ MAX_PATH_LENGTH = 128
 MAX_SHAPES = 64
 MAX_EXPRESSIONS = 16
 MAX_GROUPS = 3
-MAX_REPEATS = 2
-MAX_WAYS = 1024
+MAX_WAYS = 512
 MAX_WORK = 1 << 22
 
 # Names with dots between them, each perhaps escaped.
@@ -28,6 +27,8 @@ _ESCAPED = re.compile(r"\\(.)")
 # Escaped ones count as well.
 _REPEAT = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+# Greedy, and no other repeat of a repeat.
+_LEADING = re.compile(r"\.\*(?![*+?{])")
 # Lookarounds, conditions, references to groups, and whatever else begins with "(?".
 _BEYOND = re.compile(r"\(\?(?!:)|\\\d")
 # A repetition with its backtracking costs about as much as this many alternatives.
@@ -145,16 +146,21 @@ def _require_little_work(
 
 def _ways(name: str, pattern: str) -> int:
     """In how many ways the expression can be tried at one place, at most."""
-    plain = pattern.replace("(?:", "(")
+    plain = _behind_any_path(pattern).replace("(?:", "(")
     repeats = len(_REPEAT.findall(plain))
     choices = _choices(plain)
-    refused = plain.count("(") > MAX_GROUPS or repeats > MAX_REPEATS
+    refused = plain.count("(") > MAX_GROUPS or repeats > 1
     if refused or choices is None or _REPEATED_GROUP.search(plain) or _BEYOND.search(pattern):
         raise _too_slow(name, pattern)
-    ways = choices * _REPEAT_WAYS**repeats
+    ways = choices * (_REPEAT_WAYS if repeats else 1)
     if ways > MAX_WAYS:
         raise _too_slow(name, pattern)
     return ways
+
+
+def _behind_any_path(pattern: str) -> str:
+    """The pattern without a leading ``.*``, which says no more than that it may match an end."""
+    return pattern[2:] if _LEADING.match(pattern) and "|" not in pattern else pattern
 
 
 def _choices(pattern: str) -> int | None:
@@ -183,13 +189,15 @@ def _choices(pattern: str) -> int | None:
 def _too_slow(name: str, pattern: str) -> AdapterUnsupported:
     return AdapterUnsupported(
         f"{name!r} holds the pattern {shown(pattern)}, which may take too long to match: write "
-        f"module names or paths, or an expression with at most {MAX_REPEATS} repeats, {MAX_GROUPS} "
-        f"groups, no repeated group and few alternatives"
+        f"module names or paths, or an expression with at most one repeat behind a leading '.*', "
+        f"{MAX_GROUPS} groups, no repeated group and few alternatives"
     )
 
 
 def _compile(name: str, pattern: str) -> re.Pattern[str]:
+    # With both, the engine would look for two places at once where the module's path may be split.
+    before = r"(.*\.)?" if _behind_any_path(pattern) == pattern else ""
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
+        return re.compile(rf"{before}({pattern})$")
     except (re.error, OverflowError) as error:
         raise AdapterCorrupt(f"{name!r} holds the bad pattern {shown(pattern)}: {error}") from error

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..layout import BaseLayout
 from .binding import mismatch
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .layout import BaseLayout
 from .peft_patterns import MAX_PATH_LENGTH
 from .peft_tensors import require_float
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..errors import AdapterUnsupported, shown
+from ..kind import PrimitiveShape
+from ..layout import LinearTarget
+from ..primitives.embedding import EmbeddingAffine
+from ..primitives.linear import Affine
 from .binding import cast, embedding_site, linear_target, mismatch, named_target
-from .errors import AdapterUnsupported, shown
-from .kind import PrimitiveShape
-from .layout import LinearTarget
 from .lora_storage import Storage
-from .primitives import Affine, EmbeddingAffine
 from .weight_parts import RemovedPart, column_norms, row_norms
 
 

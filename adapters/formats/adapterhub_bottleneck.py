@@ -22,7 +22,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.bottleneck.op import Activation, Source
+from ...kernels.bottleneck.op import Activation, Source
+from ..base import Base
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..kind import Lowered, PrimitiveShape
+from ..layout import Half
+from ..primitives.layer import Bottleneck
+from ..primitives.lowered import Part
+from ..scope import EveryPosition
 from .activations import read_activation
 from .adapterhub import NOT_CAUSAL
 from .adapterhub_tensors import (
@@ -34,14 +41,8 @@ from .adapterhub_tensors import (
     layer_number,
     read_layers,
 )
-from .base import Base
 from .binding import cast, layer_site, mismatch
 from .config_fields import FieldRules, finite_number, flag
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .kind import Lowered, PrimitiveShape
-from .layout import Half
-from .primitives import Bottleneck, Part
-from .scope import EveryPosition
 
 MAX_WIDTH = 16384
 _LEAST_REDUCTION = 1e-4

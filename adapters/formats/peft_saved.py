@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Base
+from ..base import Base
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..kind import PrimitiveShape
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.linear import Affine, OutputRows
+from ..primitives.primitive import Primitive
 from .binding import embedding_site
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .kind import PrimitiveShape
 from .overrides import (
     head_row_primitives,
     merge,
@@ -27,7 +30,6 @@ from .overrides import (
     token_row_primitives,
 )
 from .peft_tensors import PREFIX, Reasons, require_float, unserved_tensor
-from .primitives import Affine, EmbeddingRows, OutputRows, Primitive
 
 _BASE_LAYER, _TOKENS = ".base_layer.", ".token_adapter.trainable_tokens_delta"
 _KEPT, _INACTIVE = ".modules_to_save.", ".original_module."

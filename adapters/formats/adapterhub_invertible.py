@@ -16,23 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.bottleneck.op import Activation
+from ...kernels.bottleneck.op import Activation
+from ..base import Base
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..kind import Lowered, PrimitiveShape
+from ..primitives.embedding import EmbeddingRows
+from ..primitives.lowered import Part
+from ..scope import EveryPosition
 from .activations import activate, read_activation
 from .adapterhub import Envelope, ParsedMethod
-from .adapterhub_tensors import (
-    INVERTIBLE,
-    Tensors,
-    check_names,
-    check_shape,
-)
-from .base import Base
+from .adapterhub_tensors import INVERTIBLE, Tensors, check_names, check_shape
 from .binding import cast, mismatch
 from .config_fields import finite_number
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .kind import Lowered, PrimitiveShape
 from .peft_tensors import required
-from .primitives import EmbeddingRows, Part
-from .scope import EveryPosition
 
 _WITHOUT_INVERSE = ("llama", "mistral")
 """Base types whose embedding the library changes, and nothing else."""

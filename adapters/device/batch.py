@@ -13,32 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.backend import DeltaOps
-from ..kernels.bottleneck.op import AddBottleneck
-from ..kernels.embedding.op import CorrectEmbedding
-from ..kernels.input_transform.op import TransformInput
-from ..kernels.linear.op import LinearOp
-from ..kernels.norm_override.op import OverrideNorm
-from ..kernels.side_attention.op import AddSideAttention
-from ..kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
-from .layout import Half
-from .pool import AdapterPool
-from .primitives import (
+from ...kernels.backend import DeltaOps
+from ...kernels.bottleneck.op import AddBottleneck
+from ...kernels.embedding.op import CorrectEmbedding
+from ...kernels.input_transform.op import TransformInput
+from ...kernels.linear.op import LinearOp
+from ...kernels.norm_override.op import OverrideNorm
+from ...kernels.side_attention.op import AddSideAttention
+from ...kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
+from ..layout import Half
+from ..primitives.embedding import EmbeddingAffine, EmbeddingRows
+from ..primitives.layer import Bottleneck, NormOverride, SideAttention
+from ..primitives.linear import (
     Affine,
-    Bottleneck,
     Circulant,
     Dense,
-    EmbeddingAffine,
-    EmbeddingRows,
     InputTransform,
     Kronecker,
-    NormOverride,
     OutputRows,
-    Primitive,
-    SideAttention,
     Sparse,
     Spectral,
 )
+from ..primitives.primitive import Primitive
+from .pool import AdapterPool
 
 Op = TypeVar("Op")
 

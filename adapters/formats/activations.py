@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.bottleneck.op import Activation
-from .errors import AdapterUnsupported, shown
+from ...kernels.bottleneck.op import Activation
+from ..errors import AdapterUnsupported, shown
 
 _NAMES: Mapping[str, Activation] = {
     "linear": Activation.LINEAR,

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..kernels.tables import PrimitiveTable
+from ...kernels.tables import PrimitiveTable
+from ..layout import BaseLayout
+from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
+from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
 from .extents import ExtentError, Extents
-from .layout import BaseLayout
-from .primitives import ALIGNMENT_BYTES, PRIMITIVE_TYPES, LoweredAdapter, Part, Primitive
 
 _EMPTY = -1
 

@@ -19,20 +19,22 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..base import Base
+from ..checkpoint import Checkpoint
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
+from ..files import ADAPTERHUB, INTERFACE_FILE
+from ..kind import KindPage, Lowered, PrimitiveShape
+from ..layout import BaseLayout
+from ..primitives.layer import Bottleneck
+from ..primitives.lowered import KVPrefix, Part
+from ..primitives.primitive import Primitive
+from ..scope import EveryPosition
 from .adapterhub_tensors import Tensors, sort_tensors
-from .base import Base
 from .binding import mismatch
-from .checkpoint import Checkpoint
 from .config_fields import FieldRules
-from .errors import AdapterCorrupt, AdapterUnsupported, shown
-from .files import ADAPTERHUB
-from .kind import KindPage, Lowered, PrimitiveShape
-from .layout import BaseLayout
 from .overrides import merge, override_primitives
 from .peft_patterns import MAX_PATH_LENGTH
 from .peft_tensors import require_float
-from .primitives import Bottleneck, KVPrefix, Part, Primitive
-from .scope import EveryPosition
 
 _ENVELOPE = FieldRules(
     implemented=frozenset({"config", "name", "model_type", "version", "hidden_size"}),
@@ -70,6 +72,21 @@ class Envelope:
     alpha_is_rank: bool
     options: Mapping[str, object] = field(default_factory=dict)
 
+
+_INTERFACE: Mapping[str, str | None] = {
+    "attn_k_proj": "k_proj",
+    "attn_o_proj": "o_proj",
+    "attn_q_proj": "q_proj",
+    "attn_v_proj": "v_proj",
+    "layer_intermediate_proj": "mlp.up_proj",
+    "layer_output_proj": "mlp.down_proj",
+    "layer_pre_ffn": "post_attention_layernorm",
+    "layer_pre_self_attn": "input_layernorm",
+    "layer_self_attn": "self_attn",
+    "model_embeddings": "embed_tokens",
+    "model_layers": "layers",
+}
+"""Where the library's map of Qwen2 and Qwen3 finds modules; everything else is null."""
 
 NOT_CAUSAL = (
     "its gate is a mean over the whole sequence, later tokens included, so that no token could be "
@@ -214,6 +231,7 @@ def read_envelope(checkpoint: Checkpoint) -> Envelope:
     """
     config = checkpoint.config
     _ENVELOPE.check(config)
+    _check_interface(checkpoint.interface)
     model_type = _text("model_type", config.get("model_type"))
     name = _text("name", config.get("name"))
     if "." in name:
@@ -232,6 +250,24 @@ def read_envelope(checkpoint: Checkpoint) -> Envelope:
         and inner_config(config).get("architecture") == "lora",
         options=checkpoint.options,
     )
+
+
+def _check_interface(interface: Mapping[str, object] | None) -> None:
+    """Models that the library does not know by itself come with a map of their modules.
+
+    Another map puts the same tensors into other places.
+    """
+    if interface is None:
+        return
+    places = interface.get("interface")
+    if not isinstance(places, dict):
+        raise AdapterCorrupt(f"{INTERFACE_FILE} has no object 'interface'")
+    for name, place in places.items():
+        if name != "adapter_methods" and place != _INTERFACE.get(name):
+            raise AdapterUnsupported(
+                f"{INTERFACE_FILE} says {shown(name)}: {shown(place)}, and the library's own map "
+                f"of Qwen2 and Qwen3 {shown(_INTERFACE.get(name))}"
+            )
 
 
 def _shares(methods: Sequence[tuple[Method, Config]], tensors: Tensors) -> list[Tensors]:

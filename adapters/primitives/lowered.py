@@ -1,0 +1,140 @@
+"""A whole adapter: its corrections by scope, and the keys and values before a request's own."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ..scope import Scope
+from .embedding import EmbeddingAffine, EmbeddingRows
+from .layer import Bottleneck, NormOverride, SideAttention
+from .linear import (
+    Affine,
+    Circulant,
+    Dense,
+    InputTransform,
+    Kronecker,
+    OutputRows,
+    Sparse,
+    Spectral,
+)
+from .primitive import ALIGNMENT_BYTES, Primitive
+
+PRIMITIVE_TYPES: tuple[type[Primitive], ...] = (
+    Affine,
+    Dense,
+    Sparse,
+    Spectral,
+    Kronecker,
+    Circulant,
+    OutputRows,
+    InputTransform,
+    EmbeddingRows,
+    EmbeddingAffine,
+    NormOverride,
+    Bottleneck,
+    SideAttention,
+)
+"""What has a table on the device."""
+
+
+@dataclass(frozen=True)
+class KVPrefix:
+    """Keys and values before a request's own, in ordinary cache blocks.
+
+    Attributes:
+        keys: (layers, kv_heads, length, head_dim), as they stand in the cache: rotated or not.
+        values: Like the keys.
+        position_offset: Added to the position of every token of the request: the length in PEFT,
+            0 in AdapterHub.
+        embedded: Whether the base computed it from a soft prompt, so that it belongs to the bare
+            base and goes with no other adapter.
+        layers: Those that attend to it, ascending; None for all of them. What it holds for the
+            others is not read.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position_offset: int
+    embedded: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Keys of a layer."""
+        return self.keys.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values."""
+        return (self.keys, self.values)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Primitives that apply to the same positions; each part has an adapter slot of its own.
+
+    Attributes:
+        scope: The positions.
+        primitives: At most one of each type at each place.
+    """
+
+    scope: Scope
+    primitives: tuple[Primitive, ...]
+
+
+@dataclass(frozen=True)
+class LoweredAdapter:
+    """An adapter in host memory, ready to be copied to the device.
+
+    Attributes:
+        digest: SHA-256 (hex) over the adapter's files: the version's identity and its KV's salt.
+        kind: ``lora``, ...
+        library: ``peft``, ...
+        parts: Corrections by scope.
+        prefix: None without one.
+    """
+
+    digest: str
+    kind: str
+    library: str
+    parts: tuple[Part, ...]
+    prefix: KVPrefix | None = None
+
+    @cached_property
+    def primitives(self) -> tuple[Primitive, ...]:
+        """Those of all parts."""
+        return tuple(primitive for part in self.parts for primitive in part.primitives)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What its primitives store on the device, each object once, in order of appearance."""
+        found = {id(tensor): tensor for each in self.primitives for tensor in each.tensors}
+        return tuple(found.values())
+
+    @cached_property
+    def rank(self) -> int:
+        """Largest rank of any low-rank primitive, 0 without one."""
+        return max((each.rank for each in self.primitives if isinstance(each, Affine)), default=0)
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Numbers stored, the same on host and device."""
+        return sum(tensor.numel() for tensor in self._stored)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes stored on the host."""
+        return sum(tensor.nbytes for tensor in self._stored)
+
+    @cached_property
+    def num_device_bytes(self) -> int:
+        """Bytes it takes in the device's adapter pool, its prefix, which lies in the cache, aside.
+
+        Up to 63 a tensor of them are for alignment.
+        """
+        return sum(-(-each.nbytes // ALIGNMENT_BYTES) for each in self.tensors) * ALIGNMENT_BYTES
+
+    @property
+    def _stored(self) -> tuple[Tensor, ...]:
+        return self.tensors if self.prefix is None else (*self.tensors, *self.prefix.tensors)
