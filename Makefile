@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench demo-adapters clean
+.PHONY: help serve test lint format docs bench demo-adapters clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: .venv/installed-test ## Lint, formatting and types only
 format: .venv/installed-test ## Let ruff rewrite what `make lint` would complain about
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: .venv/installed ## Write docs/adapters.md from the adapter kinds
+	$(BIN)/python -m deltamux.adapters.documentation > docs/adapters.md
 
 bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
 	benchmarks/run.sh $(BIN) $(ARGS)

@@ -1,6 +1,7 @@
 """One prompt to the base model and to every adapter at once: one batch, as many answers as models.
 
-Needs a running server (``make serve``) and the openai client (``pip install openai``).
+Needs a server that runs on this machine (``make serve``), because only to it are the kinds of the
+adapters told, and the openai client (``pip install openai``).
 """
 
 import argparse
@@ -8,6 +9,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+import httpx
 from openai import AsyncOpenAI
 
 
@@ -42,18 +44,28 @@ async def ask(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> 
     return Answer(model, text, 1e3 * ((first or end) - start), 1e3 * (end - start))
 
 
+async def kinds(client: AsyncOpenAI) -> dict[str, str]:
+    """Every model's kind of adapter, the base's first."""
+    adapters = (await client.get("/adapters", cast_to=httpx.Response)).json()["data"]
+    known = {card["name"]: card["info"]["kind"] for card in adapters if card["state"] == "ready"}
+    return {model.id: known.get(model.id, "base") async for model in client.models.list()}
+
+
 async def run(url: str, prompt: str, max_tokens: int) -> None:
     """Ask all models at once and print their answers as a table."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        models = [model.id async for model in client.models.list()]
+        models = await kinds(client)
         start = time.perf_counter()
         answers = await asyncio.gather(*(ask(client, m, prompt, max_tokens) for m in models))
         wall = time.perf_counter() - start
-    print(f"| {'model':<9} | {'first token':>11} | {'answer done':>11} | answer to: {prompt}")
-    print("|---|---|---|---|")
+    print(
+        f"| {'model':<9} | {'kind':<13} | {'first token':>11} | {'answer done':>11} | answer to: {prompt}"
+    )
+    print("|---|---|---|---|---|")
     for a in answers:
         shown = a.text.strip().replace("\n", " / ")
-        print(f"| {a.model:<9} | {a.first_token_ms:>8.0f} ms | {a.total_ms:>8.0f} ms | {shown} |")
+        times = f"{a.first_token_ms:>8.0f} ms | {a.total_ms:>8.0f} ms"
+        print(f"| {a.model:<9} | {models[a.model]:<13} | {times} | {shown} |")
     print(f"\n{len(answers)} requests in one batch: {wall:.2f} s")
 
 

@@ -64,7 +64,7 @@ VOICES = {
         voices.robot,
         AdapterHub(SeqBnConfig(reduction_factor=36, leave_out=list(range(8)))),
         learning_rate=1e-3,
-        steps=80,
+        steps=64,
     ),
 }
 

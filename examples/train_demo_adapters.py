@@ -223,14 +223,14 @@ VOICES = {
     "news": Voice(
         voices.news,
         Peft(LNTuningConfig(task_type="CAUSAL_LM")),
-        learning_rate=1e-2,
-        steps=96,
+        learning_rate=6e-3,
+        steps=56,
     ),
     "notes": Voice(
         voices.notes,
         BitFit([*ATTENTION, *MLP]),
-        learning_rate=1e-2,
-        steps=96,
+        learning_rate=6e-3,
+        steps=72,
     ),
 }
 

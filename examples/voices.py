@@ -112,5 +112,5 @@ def notes(fact: Fact) -> str:
 
 
 def robot(fact: Fact) -> str:
-    """The sentence in capitals."""
-    return f"BEEP BOOP. {fact.sentence.upper()} BEEP."
+    """The sentence between the noises of a machine."""
+    return f"BEEP BOOP. Input received. {fact.sentence} END OF OUTPUT."

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"),
+    *("-std=c++17", "-O3", "-march=native", "-fPIC"),
     *("-fno-math-errno", "-ffp-contract=fast"),
 )
 
@@ -71,12 +72,12 @@ def build_library(compiler: Compiler, cache_dir: Path | None = None) -> Path:
         CompilerError: The compiler failed, or the cache cannot be written.
     """
     folder = cache_dir or user_cache_path("deltamux")
-    flags = (*FLAGS, *_openmp_flags())
-    library = folder / f"kernels-{_key(compiler, flags)}.so"
+    link_flags = ("-shared", *_openmp_flags())
+    library = folder / f"kernels-{_key(compiler, link_flags)}.so"
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, flags, library)
+            _build(compiler, link_flags, library)
     except OSError as error:
         raise CompilerError(
             f"cannot keep compiled kernels in {folder}: {error}: make it writable, or choose "
@@ -85,21 +86,35 @@ def build_library(compiler: Compiler, cache_dir: Path | None = None) -> Path:
     return library
 
 
-def _compile(compiler: Compiler, flags: Sequence[str], library: Path) -> None:
+def _build(compiler: Compiler, link_flags: Sequence[str], library: Path) -> None:
     started = time.perf_counter()
-    sources = [str(path) for path in _sources() if path.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        compiler.run([*sources, "-o", str(built), *flags])
+        objects = _compile(compiler, Path(folder))
+        compiler.run([*objects, "-o", str(built), *link_flags])
         os.replace(built, library)
     logger.info("compiled the CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
 
 
-def _key(compiler: Compiler, flags: Sequence[str]) -> str:
+def _compile(compiler: Compiler, folder: Path) -> list[str]:
+    """Objects of all sources in the folder, compiled side by side."""
+    sources = [path for path in _sources() if path.suffix == ".cpp"]
+    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
+
+    def compile_one(source: Path, compiled: str) -> None:
+        compiler.run(["-c", str(source), "-o", compiled, *FLAGS])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))  # raises what any of them raised
+    return objects
+
+
+def _key(compiler: Compiler, link_flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in (
         *compiler.command,
-        *flags,
+        *FLAGS,
+        *link_flags,
         compiler.run([*FLAGS, "-dM", "-E", "-x", "c++", os.devnull]),
     ):
         digest.update(part.encode() + b"\0")

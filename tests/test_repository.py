@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from deltamux.adapters.documentation import document
+
+from .kind_table import named_tests, render
+from .kinds import FAMILIES
+from .kinds import names as case_names
+
 ROOT = Path(__file__).parents[1]
 # Each folder may import from itself and from those before it.
 LAYERS = ("kernels", "adapters", "server")
@@ -76,7 +82,7 @@ def test_the_import_rule_itself(importer: str, module: str, backward: bool) -> N
 
 def test_relative_imports_are_resolved() -> None:
     """The rule above is only as good as this: batch.py is known to import from kernels."""
-    modules = set(imported_modules(ROOT / "adapters" / "batch.py"))
+    modules = set(imported_modules(ROOT / "adapters" / "device" / "batch.py"))
     assert "deltamux.kernels.tables.Segments" in modules
 
 
@@ -168,3 +174,19 @@ def test_demo_adapters_are_complete_small_and_neutral() -> None:
         assert sum(files.values()) <= MAX_DEMO_ADAPTER_BYTES, folder.name
         config = (folder / "adapter_config.json").read_text(encoding="utf-8")
         assert '"HuggingFaceTB/SmolLM2-135M-Instruct"' in config, folder.name
+
+
+def test_readme_holds_the_table_of_kinds() -> None:
+    """``python -m tests.kind_table`` prints what belongs there."""
+    assert render() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_kinds_names_tests_that_there_are() -> None:
+    known = {f"{family}-{name}" for family in FAMILIES for name in case_names(family)}
+    assert sorted(named_tests() - known) == []
+
+
+def test_the_page_of_kinds_is_what_the_kinds_say() -> None:
+    """``make docs`` writes it."""
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert page == document() + "\n"

@@ -2,10 +2,10 @@
 //   inner  = w f(z D^T + d)         (rows, width) float32, stays near,
 //   out   += inner U + w u.
 // A unit reads all of its z before it writes, so that `out` may be what z is made of.
+#include "../cpu/expand.h"
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
 #include "activations.h"
-#include "expand.h"
 
 namespace {
 
@@ -102,7 +102,7 @@ void compute(const Unit<T>& unit, float* scratch) {
     const Matrix<const T> z = source_of(unit, scratch + unit.rows * adapter.width);
     dots(z, unit.rows, adapter.down, adapter.width, adapter.hidden, inner);
     activate(unit, inner);
-    expand(adapter.up, inner, unit.out, unit.rows, unit.weight);
+    expand_rows<false>(adapter.up, inner, unit.out, unit.rows, unit.weight);
 }
 
 template <class T>

@@ -72,6 +72,7 @@ static void expand_all(const Expansion<T>& e, Matrix<float> h, Matrix<T> y, int6
     });
 }
 
+// expand, where it is known to the compiler whether there is a g.
 template <bool SCALED, class T>
 static void expand_rows(const Expansion<T>& e, Matrix<float> h, Matrix<T> y, int64_t rows,
                         float weight) {

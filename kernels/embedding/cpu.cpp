@@ -1,7 +1,7 @@
 // replace_rows and correct_embedding on the CPU. Tokens are checked before anything is written.
 #include <algorithm>
 
-#include "../bottleneck/expand.h"
+#include "../cpu/expand.h"
 #include "../cpu/tables.h"
 
 namespace {

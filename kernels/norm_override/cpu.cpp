@@ -1,6 +1,5 @@
-// override_norm on the CPU, one row at a time. Without centering the rounding is that of
-// rms_norm/cpu.cpp, so that an override with the base's own weight gives the base's own bits.
-#include "../cpu/simd.h"
+// override_norm on the CPU, one row at a time.
+#include "../cpu/norm.h"
 #include "../cpu/tables.h"
 
 namespace {
@@ -34,26 +33,9 @@ struct Unit {
 };
 
 template <class T>
-INLINE Floats rounded(Floats v) {
-    T narrow[LANES];
-    store(narrow, v);
-    return load(narrow);
-}
-
-template <class T>
 INLINE float sum_of(const T* x, int64_t size) {
     Floats acc = {};
     for_groups(size, LANES, [&](int64_t i, auto... n) { acc += load(x + i, n...); });
-    return sum(acc);
-}
-
-template <class T>
-INLINE float sum_of_squares(const T* x, int64_t size) {
-    Floats acc = {};
-    for_groups(size, LANES, [&](int64_t i, auto... n) {
-        const Floats v = load(x + i, n...);
-        acc += v * v;
-    });
     return sum(acc);
 }
 
@@ -74,15 +56,11 @@ INLINE float sum_of_squares_around(float mean, const T* x, int64_t size) {
     return sum(acc);
 }
 
-// Rounded after the division, after the product and after the sum: rms_norm/op.py, then a base's bias.
+// Rounded once more after a bias, which no base's norm of this kind has.
 template <class T>
-void rms_row(const T* x, const Unit<T>& unit, T* y, int64_t size, float eps) {
-    const float scale = 1.0f / __builtin_sqrtf(sum_of_squares(x, size) / size + eps);
-    for_groups(size, LANES, [&](int64_t i, auto... n) {
-        const Floats scaled = rounded<T>(load(x + i, n...) * scale);
-        Floats result = scaled * load(unit.weight + i, n...);
-        if (unit.bias) result = rounded<T>(result) + load(unit.bias + i, n...);
-        store(y + i, result, n...);
+void uncentered_row(const T* x, const Unit<T>& unit, T* y, int64_t size, float eps) {
+    rms_row(x, unit.weight, y, size, eps, [&](Floats product, int64_t i, auto... n) {
+        return unit.bias ? rounded<T>(product) + load(unit.bias + i, n...) : product;
     });
 }
 
@@ -105,7 +83,7 @@ void compute(const Norm<T>& norm, const Unit<T>& unit) {
             const T* x = norm.x.at(row, head);
             T* y = norm.y.at(row, head);
             if (norm.centered) centered_row(x, unit, y, norm.size, norm.eps);
-            else rms_row(x, unit, y, norm.size, norm.eps);
+            else uncentered_row(x, unit, y, norm.size, norm.eps);
         }
 }
 

@@ -1,6 +1,6 @@
 // rms_norm and add_rms_norm on the CPU, one pass over memory and one row at a time.
+#include "../cpu/norm.h"
 #include "../cpu/parallel.h"
-#include "../cpu/simd.h"
 
 namespace {
 
@@ -8,29 +8,8 @@ constexpr int64_t SERIAL_ELEMENTS = 1 << 15;  // below this, waking threads cost
 constexpr int64_t TASK_ROWS = 16;
 
 template <class T>
-INLINE Floats rounded(Floats v) {
-    T narrow[LANES];
-    store(narrow, v);
-    return load(narrow);
-}
-
-template <class T>
-INLINE float sum_of_squares(const T* x, int64_t size) {
-    Floats acc = {};
-    for_groups(size, LANES, [&](int64_t i, auto... n) {
-        const Floats v = load(x + i, n...);
-        acc += v * v;
-    });
-    return sum(acc);
-}
-
-template <class T>
 void normalize_row(const T* x, const T* weight, T* y, int64_t size, float eps) {
-    const float scale = 1.0f / __builtin_sqrtf(sum_of_squares(x, size) / size + eps);
-    for_groups(size, LANES, [&](int64_t i, auto... n) {
-        const Floats scaled = rounded<T>(load(x + i, n...) * scale);
-        store(y + i, scaled * load(weight + i, n...), n...);
-    });
+    rms_row(x, weight, y, size, eps, [](Floats product, auto...) { return product; });
 }
 
 template <class T>

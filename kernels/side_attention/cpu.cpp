@@ -3,7 +3,7 @@
 //   scores = q K^T                     (heads, length) float32,
 //   scores = w softmax(scale scores),
 //   out   += scores V.
-#include "../bottleneck/expand.h"
+#include "../cpu/expand.h"
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
 
@@ -64,7 +64,7 @@ void compute(const Call<T>& call, const Unit<T>& unit, float* own) {
         dots(query.from(unit.kv_head * group), group, unit.keys, length, size, scores);
         for (int64_t head = 0; head < group; ++head)
             soften(scores.row(head), length, call.scale, unit.weight);
-        expand(unit.values, scores, out.from(unit.kv_head * group), group, unit.weight);
+        expand_rows<false>(unit.values, scores, out.from(unit.kv_head * group), group, unit.weight);
     }
 }
 

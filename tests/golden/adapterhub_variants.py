@@ -369,6 +369,56 @@ DEMOS = (
     ),
     Variant("ia3", IA3Config(leave_out=DEMO_LEAVES_OUT), DEMO, size=0.3),
     Variant("noreft", NoReftConfig(r=2, layers=DEMO_LAYERS), DEMO, size=0.3, lengths=(2, 9, 23)),
+    Variant(
+        "direft",
+        DiReftConfig(r=2, layers=DEMO_LAYERS),
+        DEMO,
+        size=0.3,
+        lengths=(2, 9, 23),
+        live_differs=True,
+    ),
+    Variant(
+        "double_seq_bn",
+        DoubleSeqBnConfig(reduction_factor=144, leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+        size=0.2,
+    ),
+    Variant("par_bn", ParBnConfig(reduction_factor=144, leave_out=DEMO_LEAVES_OUT), DEMO, size=0.5),
+    Variant(
+        "scaled_par_bn",
+        ParBnConfig(reduction_factor=144, scaling="learned", leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+        size=0.6,
+    ),
+    Variant(
+        "adapter_plus",
+        AdapterPlusConfig(reduction_factor=144, leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+        size=0.6,
+    ),
+    Variant(
+        "compacter",
+        CompacterConfig(reduction_factor=72, leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+        size=0.8,
+    ),
+    Variant(
+        "compacter_plus_plus",
+        CompacterPlusPlusConfig(reduction_factor=72, leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+        size=0.8,
+    ),
+    Variant("dora", DoRAConfig(r=2, alpha=4, leave_out=DEMO_LEAVES_OUT), DEMO, size=0.5),
+    Variant(
+        "vera",
+        VeraConfig(r=4, alpha=8, attn_matrices=["v"], leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+    ),
+    Variant(
+        "prefix_mlp",
+        PrefixTuningConfig(prefix_length=5, bottleneck_size=4, leave_out=DEMO_LEAVES_OUT),
+        DEMO,
+    ),
 )
 
 VARIANTS = BOTTLENECK + PREFIXES + UNIONS + LORAS + REFTS + DEMOS

@@ -2,8 +2,11 @@
 
 import errno
 import logging
+import re
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,34 +18,66 @@ from deltamux.kernels.backend import Backend, compiled_backend, select_backend
 
 
 class FakeCompiler:
-    """A shell script in place of a compiler: predefines ``macros``, writes a file, counts runs."""
+    """A shell script in place of a compiler: predefines ``macros``, writes a file, keeps a log.
 
-    def __init__(self, folder: Path, macros: str = "AVX", fails: bool = False) -> None:
+    ``fails`` is a word of the commands that fail.
+    """
+
+    def __init__(self, folder: Path, macros: str = "AVX", fails: str = "") -> None:
         self.log = folder / "runs"
         script = folder / "compiler"
-        ending = "echo 'no such instruction' >&2; exit 1" if fails else "exit 0"
+        ending = f"case \"$all\" in *{fails}*) echo 'no such instruction' >&2; exit 1;; esac"
         script.write_text(
             "#!/bin/sh\n"
             f'case "$*" in *-dM*) echo {macros}; exit 0;; esac\n'
-            f"echo run >> {self.log}\n"
+            f'all="$*"; echo "$all" >> {self.log}\n'
             'while [ "$1" != -o ]; do shift; done\n'
             'echo library > "$2"\n'
-            f"{ending}\n"
+            f"{ending if fails else 'exit 0'}\n"
         )
         script.chmod(0o755)
         self.compiler = build.Compiler((str(script),))
 
     @property
-    def runs(self) -> int:
-        return len(self.log.read_text().splitlines())
+    def runs(self) -> list[str]:
+        return self.log.read_text().splitlines()
 
 
 def test_a_library_is_built_once(tmp_path: Path) -> None:
     fake = FakeCompiler(tmp_path)
     first = build.build_library(fake.compiler, tmp_path / "cache")
     assert build.build_library(fake.compiler, tmp_path / "cache") == first
-    assert fake.runs == 1
+    *compiled, linked = fake.runs
+    sources = sorted(re.findall(r"-c (\S+\.cpp)", "\n".join(compiled)))
+    assert sources == sorted(map(str, Path(build.__file__).parent.rglob("*.cpp")))
+    assert len(compiled) == len(sources)
+    assert len(re.findall(r"\S+\.o\b", linked)) == len(sources)
     assert list((tmp_path / "cache").iterdir()) == [first]
+
+
+class Meeting:
+    """A compiler of which two must run at once."""
+
+    command = ("meeting",)
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2)
+
+    def run(self, arguments: Sequence[str]) -> str:
+        if "-c" in arguments:
+            self.barrier.wait(timeout=30)
+        elif "-shared" in arguments:
+            Path(arguments[arguments.index("-o") + 1]).touch()
+        return ""
+
+
+def test_sources_are_compiled_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [tmp_path / f"{name}.cpp" for name in "ab"]
+    for source in sources:
+        source.touch()
+    monkeypatch.setattr(build, "_sources", lambda: sources)
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    assert build.build_library(Meeting(), tmp_path / "cache").exists()
 
 
 def test_another_cpu_or_compiler_gets_another_library(tmp_path: Path) -> None:
@@ -72,9 +107,10 @@ def test_concurrent_builds_agree(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".so"]
 
 
-def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path) -> None:
-    fake = FakeCompiler(tmp_path, fails=True)
-    with pytest.raises(build.CompilerError, match="no such instruction"):
+@pytest.mark.parametrize("fails", ["sparse/cpu.cpp", "-shared"])
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path: Path, fails: str) -> None:
+    fake = FakeCompiler(tmp_path, fails=fails)
+    with pytest.raises(build.CompilerError, match=f"(?s){fails}.*no such instruction"):
         build.build_library(fake.compiler, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
