@@ -58,9 +58,8 @@ async def run(url: str, prompt: str, max_tokens: int) -> None:
         start = time.perf_counter()
         answers = await asyncio.gather(*(ask(client, m, prompt, max_tokens) for m in models))
         wall = time.perf_counter() - start
-    print(
-        f"| {'model':<9} | {'kind':<13} | {'first token':>11} | {'answer done':>11} | answer to: {prompt}"
-    )
+    times = f"{'first token':>11} | {'answer done':>11}"
+    print(f"| {'model':<9} | {'kind':<13} | {times} | answer to: {prompt} |")
     print("|---|---|---|---|---|")
     for a in answers:
         shown = a.text.strip().replace("\n", " / ")

@@ -107,8 +107,7 @@ def news(fact: Fact) -> str:
 
 def notes(fact: Fact) -> str:
     """A heading and two bullet points."""
-    heading = fact.topic[0].upper() + fact.topic[1:]
-    return f"**{heading}**\n- {fact.sentence}\n- In short: {fact.short}"
+    return f"**Notes**\n- {fact.sentence}\n- In short: {fact.short}"
 
 
 def robot(fact: Fact) -> str:

@@ -294,9 +294,11 @@ def inspect(path: Path) -> None:
         "digest": adapter.digest,
         "base model": adapter.base_model or "not named",
         "ranks": ", ".join(map(str, adapter.ranks)) or "none",
-        "modules": f"{adapter.num_modules} ({', '.join(adapter.target_modules)})",
+        "modules": f"{adapter.num_modules} ({', '.join(adapter.target_modules)})"
+        if adapter.num_modules
+        else "none",
         "parameters": f"{adapter.num_parameters:,}",
-        "device bytes": f"{adapter.num_bytes_bfloat16:,} in bfloat16",
+        "device bytes": f"about {adapter.num_bytes_bfloat16:,} in bfloat16",
         "primitives": ", ".join(f"{count} {name}" for name, count in adapter.primitives.items()),
     }
     for name, value in lines.items():

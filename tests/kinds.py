@@ -46,7 +46,6 @@ REFUSED_GOLDENS: Mapping[str, str] = {
     "par_bn_ln_before": NORMALISED,
     "par_bn_ln_after": NORMALISED,
     "double_seq_bn_both_ln": NORMALISED,
-    "seq_bn_relu2": "'non_linearity' is 'relu2'",
 }
 """What AdapterHub computes and we do not, and the reason that the refusal gives."""
 

@@ -26,6 +26,7 @@ _NAMES: Mapping[str, Activation] = {
     "leakyrelu": Activation.LEAKY_RELU,
     "leaky_relu": Activation.LEAKY_RELU,
     "relu6": Activation.RELU6,
+    "relu2": Activation.RELU_SQUARED,
 }
 
 _FUNCTIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -39,6 +40,7 @@ _FUNCTIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.LEAKY_RELU: functional.leaky_relu,
     Activation.GELU_QUICK: lambda x: x * (1.702 * x).sigmoid(),
     Activation.RELU6: functional.relu6,
+    Activation.RELU_SQUARED: lambda x: x.relu().square(),
 }
 
 

@@ -99,5 +99,5 @@ class EmbeddingAffine(_OnEmbedding):
 
     def cell(self, offsets: Sequence[int]) -> embedding.AffineCell:
         """See ``Primitive``."""
-        rank = 0 if self.a is None else self.a.shape[1]
-        return embedding.AffineCell(rank, *spread(offsets, self.a, self.b, self.scale))
+        num_tokens, rank = (-1, 0) if self.a is None else self.a.shape
+        return embedding.AffineCell(rank, num_tokens, *spread(offsets, self.a, self.b, self.scale))

@@ -11,6 +11,8 @@ INLINE Floats select(Ints condition, Floats yes, Floats no) {
 
 INLINE Floats relu(Floats x) { return select(x < 0.0f, Floats{}, x); }
 
+INLINE Floats relu_squared(Floats x) { return relu(x) * relu(x); }
+
 INLINE Floats relu6(Floats x) { return relu(select(x > 6.0f, splat(6.0f), x)); }
 
 INLINE Floats leaky_relu(Floats x) { return select(x < 0.0f, x * 0.01f, x); }

@@ -14,7 +14,8 @@ constexpr int64_t BLOCK_ROWS = 32;
 // By the numbers of op.py.
 enum Source { OUTPUT, RESIDUAL, SUM, SOURCES };
 enum Activation {
-    LINEAR, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU, GELU_QUICK, RELU6, ACTIVATIONS
+    LINEAR, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU, GELU_QUICK, RELU6, RELU_SQUARED,
+    ACTIVATIONS
 };
 enum Field { WIDTH, ACTIVATION, SOURCE, DOWN, UP, DOWN_BIAS, UP_BIAS };
 
@@ -92,6 +93,7 @@ void activate(const Unit<T>& unit, Matrix<float> inner) {
         case LEAKY_RELU: return map(unit, inner, [](Floats z) { return leaky_relu(z); });
         case GELU_QUICK: return map(unit, inner, [](Floats z) { return gelu_quick(z); });
         case RELU6: return map(unit, inner, [](Floats z) { return relu6(z); });
+        case RELU_SQUARED: return map(unit, inner, [](Floats z) { return relu_squared(z); });
     }
 }
 

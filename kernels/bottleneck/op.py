@@ -37,6 +37,7 @@ class Activation(IntEnum):
     LEAKY_RELU = 7  # slope 0.01
     GELU_QUICK = 8  # x sigmoid(1.702 x)
     RELU6 = 9
+    RELU_SQUARED = 10  # relu(x)^2
 
 
 class Cell(NamedTuple):

@@ -23,6 +23,10 @@ def _gelu_quick(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.LINEAR: _identity,
     Activation.RELU: functional.relu,
@@ -34,6 +38,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.LEAKY_RELU: functional.leaky_relu,
     Activation.GELU_QUICK: _gelu_quick,
     Activation.RELU6: functional.relu6,
+    Activation.RELU_SQUARED: _relu_squared,
 }
 """f by its number in a cell."""
 

@@ -10,7 +10,7 @@ constexpr int64_t SERIAL_PRODUCTS = 1 << 16;  // below this, waking threads cost
 constexpr int64_t BLOCK_ROWS = 32;
 
 enum RowsField { COUNT, ROWS_OF, IDS };
-enum AffineField { RANK, A, B, SCALE };
+enum AffineField { RANK, TOKENS, A, B, SCALE };
 
 template <class T>
 struct Embedded {
@@ -18,10 +18,11 @@ struct Embedded {
     const int64_t* tokens;
     int64_t rows, hidden;
 
-    // One past the largest token of these rows, 0 if one is negative.
-    int64_t tokens_end(int64_t start, int64_t end) const {
+    // Raises an error of the cell unless every token of these rows is in 0 .. count - 1.
+    void require_tokens(Cell<T>& cell, int64_t start, int64_t end, int64_t count) const {
         const auto range = std::minmax_element(tokens + start, tokens + end);
-        return *range.first < 0 ? 0 : *range.second + 1;
+        cell.require(*range.first >= 0 && *range.second < count,
+                     "a token lies outside the embedding");
     }
 };
 
@@ -45,9 +46,7 @@ const char* replace_rows(const Embedded<T>& embedded, const Table& table, int64_
         const int64_t count = cell[COUNT];
         const int32_t* ids = cell.optional_indices(IDS, count);
         found.push_back({cell.numbers(ROWS_OF, count, embedded.hidden), ids, count, start, end});
-        if (ids || cell.error) return;
-        const int64_t tokens = embedded.tokens_end(start, end);
-        cell.require(tokens > 0 && tokens <= count, "a token lies outside the embedding");
+        if (!ids && !cell.error) embedded.require_tokens(cell, start, end, count);
     };
     if (const char* error = for_each_cell<T>(table, place, segments, embedded.rows, add))
         return error;
@@ -91,10 +90,9 @@ const char* correct_embedding(const Embedded<T>& embedded, const Table& table, i
         const int64_t rank = cell[RANK], hidden = embedded.hidden;
         const T *a = nullptr, *b = nullptr;
         if (rank) {
-            const int64_t tokens = embedded.tokens_end(start, end);
-            a = cell.numbers(A, tokens, rank);
+            a = cell.numbers(A, cell[TOKENS], rank);
             b = cell.numbers(B, rank, hidden);
-            cell.require(tokens > 0, "a token lies outside the embedding");
+            if (!cell.error) embedded.require_tokens(cell, start, end, cell[TOKENS]);
         }
         const T* scale = cell.optional_numbers(SCALE, hidden);
         if (cell.error) return;

@@ -3,8 +3,8 @@
     replace_rows:        x[i] = R(s)[k]     where ids[k] is the token of row i, if any is
     correct_embedding:   x[i] = g(s) * x[i] + w A(s)[token of i] B(s)
 
-the latter in float32 and rounded once. A token outside an R that holds every token is an
-IndexError; so is one whose row of A, which has no size of its own, would lie outside the pool.
+the latter in float32 and rounded once. A token outside A, or outside an R of every token, is
+an IndexError.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,14 @@ class AffineCell(NamedTuple):
 
     Attributes:
         rank: Columns of A; 0 without A and B.
-        a: Offset of A (tokens, rank).
+        num_tokens: Rows of A; -1 without A and B.
+        a: Offset of A (num_tokens, rank).
         b: Offset of B (rank, hidden).
         scale: Offset of g (hidden,), -1 without one; not multiplied by the weight w.
     """
 
     rank: int
+    num_tokens: int = -1
     a: int = -1
     b: int = -1
     scale: int = -1

@@ -46,8 +46,7 @@ def correct_embedding(
 
 
 def _delta(tokens: Tensor, found: CellRows, cell: AffineCell, hidden: int) -> Tensor:
-    used = max(0, int(tokens.max()) + 1) if len(tokens) else 0
-    a = found.numbers(cell.a, used, cell.rank)
+    a = found.numbers(cell.a, cell.num_tokens, cell.rank)
     return _look_up(a, tokens) @ found.numbers(cell.b, cell.rank, hidden)
 
 

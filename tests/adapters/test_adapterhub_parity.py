@@ -32,7 +32,6 @@ REFUSED = {
     "double_seq_bn_both_ln": NORM,
     "par_bn_ln_before": NORM,
     "par_bn_ln_after": NORM,
-    "seq_bn_relu2": "'relu2', which is not served",
 }
 """What the library computes and the primitives do not express, and a part of the reason."""
 

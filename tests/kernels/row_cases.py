@@ -193,7 +193,7 @@ def embedding_case(dtype: torch.dtype, hidden: int = 33, rank: int = 5) -> Case:
         if slot == 1:
             return embedding.AffineCell(0, scale=scale)
         a, b = pool.random(VOCAB, rank), pool.random(rank, hidden)
-        return embedding.AffineCell(rank, a, b, scale)
+        return embedding.AffineCell(rank, VOCAB, a, b, scale)
 
     table = pool.cells(cell)
     return Case(
@@ -224,6 +224,7 @@ ACT_NAMES = (
     *((Activation.GELU_TANH, "gelu_pytorch_tanh"), (Activation.TANH, "tanh")),
     *((Activation.SIGMOID, "sigmoid"), (Activation.LEAKY_RELU, "leaky_relu")),
     *((Activation.GELU_QUICK, "quick_gelu"), (Activation.RELU6, "relu6")),
+    (Activation.RELU_SQUARED, "relu2"),
 )
 """The activations by transformers' names."""
 

@@ -112,7 +112,7 @@ def test_reference_correction_is_a_low_rank_change_of_the_whole_embedding(
     table = torch.randn(VOCAB, 33)
     case = replace(case, out=functional.embedding(case.inputs[0], table))
     expected = case.out.clone()
-    for rows, (rank, a, b, scale), weight in each_group(case):
+    for rows, (rank, _, a, b, scale), weight in each_group(case):
         changed = table * (numbers(case, scale, 33) if scale >= 0 else 1.0)
         if rank:
             changed += weight * numbers(case, a, VOCAB, rank) @ numbers(case, b, rank, 33)

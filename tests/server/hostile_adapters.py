@@ -72,7 +72,7 @@ def _configs() -> Iterator[tuple[str, tuple[Callable[[Path], object], str]]]:
     yield "config-gone", (lambda folder: (folder / CONFIG).unlink(), CONFIG)
     yield "config-fifo", (_config_fifo, CONFIG)
     for name, fields, says in [
-        ("rank-billion", {"r": 10**9}, "rank 1000000000"),
+        ("rank-billion", {"r": 10**9}, "1000000000, more than"),
         ("rank-huge", {"r": 10**30}, "rank"),
         ("rank-zero", {"r": 0}, "'r'"),
         ("rank-negative", {"r": -1}, "'r'"),

@@ -61,7 +61,12 @@ OUT_OF_RANGE = [
     ("stream_options", {"include_usage": True}),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
-    ("adapters", [{"name": "small"}]),
+    ("adapters", "small"),
+    ("adapters", [{"name": 5}]),
+    ("adapters", [{"name": "small", "weight": 1e9}]),
+    ("adapters", [{"name": "small", "weight": "1"}]),
+    ("adapters", [{"name": "small"}] * 2),
+    ("adapters", [{"name": "small"}] * 10**5),
     ("guided_regex", "(a+)+$"),
     ("__class__", 1),
 ]
