@@ -73,21 +73,21 @@ def _configs() -> Iterator[tuple[str, tuple[Callable[[Path], object], str]]]:
     yield "config-fifo", (_config_fifo, CONFIG)
     for name, fields, says in [
         ("rank-billion", {"r": 10**9}, "1000000000, more than"),
-        ("rank-huge", {"r": 10**30}, "rank"),
+        ("rank-huge", {"r": 10**30}, "'r'"),
         ("rank-zero", {"r": 0}, "'r'"),
         ("rank-negative", {"r": -1}, "'r'"),
         ("rank-text", {"r": "4"}, "'r'"),
-        ("rank-other", {"r": 8}, "rank 8"),
+        ("rank-other", {"r": 8}, "ask for [8"),
         ("alpha-huge", {"lora_alpha": 10**400}, "lora_alpha"),
         ("pattern-endless", {"rank_pattern": {"(.*a)+" * 20: 4}}, "rank_pattern"),
         ("type-unknown", {"peft_type": "NOVEL"}, "NOVEL"),
-        ("type-ia3", {"peft_type": "IA3"}, "IA3"),
+        ("type-ia3", {"peft_type": "IA3"}, "alpha_pattern"),
         ("type-null", {"peft_type": None}, "peft_type"),
         ("field-unknown", {"sparkle_factor": 3}, "sparkle_factor"),
-        ("dora", {"use_dora": True}, "use_dora"),
+        ("dora", {"use_dora": True}, "magnitude"),
         ("whole-modules", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("replication", {"layer_replication": [[0, 2]]}, "layer_replication"),
-        ("pissa", {"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ("pissa", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
     ]:
         yield name, (lambda folder, fields=fields: _edit_config(folder, fields), says)
 
@@ -116,12 +116,12 @@ def _tensors() -> Iterator[tuple[str, tuple[Callable[[Path], object], str]]]:
         ("inf", {a: torch.full((4, 64), torch.inf)}, "Inf"),
         ("width", {a: torch.ones(4, 128)}, "another base"),
         ("output", {b: torch.ones(128, 4)}, "another base"),
-        ("deep", {k.replace("s.0.", "s.31."): v for k, v in _pair().items()}, "32 layers"),
+        ("deep", {k.replace("s.0.", "s.31."): v for k, v in _pair().items()}, "layers.31"),
         ("other-names", {k.replace("q_proj", "Wqkv"): v for k, v in _pair().items()}, "Wqkv"),
-        ("rank-differs", {b: torch.ones(64, 5)}, "rank 4"),
-        ("transposed", {a: torch.ones(64, 4)}, "rank 4"),
+        ("rank-differs", {b: torch.ones(64, 5)}, "lora_B"),
+        ("transposed", {a: torch.ones(64, 4)}, "lora_A"),
         ("integers", {a: torch.ones(4, 64, dtype=torch.int64)}, "int64"),
-        ("no-dimension", {a: torch.tensor(1.0)}, "not a linear"),
+        ("no-dimension", {a: torch.tensor(1.0)}, "lora_A"),
         ("escaping", {"../../etc/passwd": torch.ones(1)}, "passwd"),
     ]:
         yield name, (lambda folder, tensors=tensors: _edit_tensors(folder, tensors), says)
