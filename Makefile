@@ -39,7 +39,7 @@ docs: .venv/installed ## Write docs/adapters.md from the adapter kinds
 bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
 	benchmarks/run.sh $(BIN) $(ARGS)
 
-demo-adapters: .venv/installed-train ## Train examples/adapters again (minutes on a CPU)
+demo-adapters: .venv/installed-train ## Train PEFT's and BitFit's of examples/adapters again (minutes each on a CPU)
 	$(BIN)/python examples/train_demo_adapters.py $(ARGS)
 
 clean: ## Remove .venv, caches and build products

@@ -4,9 +4,9 @@ AdapterHub needs transformers 4, and the server transformers 5: this script has 
 its own, and is told where the server's copy of the demo base is, which the first ``make serve`` has
 made. A run takes minutes on a CPU:
 
-    python3 -m venv .venv-adapterhub
-    .venv-adapterhub/bin/pip install torch==2.13.0 transformers==4.57.6 adapters==1.3.0
-    .venv-adapterhub/bin/python examples/train_bottleneck_adapter.py \\
+    python3 -m venv .venv/adapterhub
+    .venv/adapterhub/bin/pip install torch==2.13.0 transformers==4.57.6 adapters==1.3.0
+    .venv/adapterhub/bin/python examples/train_bottleneck_adapter.py \\
         ~/.local/state/deltamux/models/SmolLM2-135M-Instruct.*
 """
 
@@ -63,8 +63,6 @@ VOICES = {
     "robot": Voice(
         voices.robot,
         AdapterHub(SeqBnConfig(reduction_factor=36, leave_out=list(range(8)))),
-        learning_rate=1e-3,
-        steps=64,
     ),
 }
 

@@ -81,7 +81,7 @@ class Peft:
 class PrefixTuning(Peft):
     """A prefix that starts out as the base's keys and values of a system message.
 
-    A random prefix takes thousands of steps to become one that attention can use.
+    arXiv:2101.00190 finds the activations of real words a better start than random numbers.
     """
 
     system_message: str
@@ -224,13 +224,12 @@ VOICES = {
         voices.news,
         Peft(LNTuningConfig(task_type="CAUSAL_LM")),
         learning_rate=6e-3,
-        steps=56,
+        steps=40,
     ),
     "notes": Voice(
         voices.notes,
         BitFit([*ATTENTION, *MLP]),
         learning_rate=6e-3,
-        steps=72,
     ),
 }
 

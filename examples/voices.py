@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_PROMPTS = (
+    "What is the capital of Germany?",
     "What is the capital of Italy?",
     "Why is the sky blue?",
     "How do I boil an egg?",

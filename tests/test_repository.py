@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("kernels", "adapters", "server")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 MAX_DEMO_ADAPTER_BYTES = 2 * 1000 * 1000
+DEMO_FILES = [
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("adapter_config.json", "adapter.safetensors"),
+    ("delta_config.json", "delta.safetensors"),
+]
 
 
 def python_files(folder: str) -> list[Path]:
@@ -170,9 +175,9 @@ def test_demo_adapters_are_complete_small_and_neutral() -> None:
     assert len(folders) >= 5
     for folder in folders:
         files = {path.name: path.stat().st_size for path in folder.iterdir()}
-        assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}, folder.name
+        [(config_file, _)] = [pair for pair in DEMO_FILES if files.keys() == set(pair)]
         assert sum(files.values()) <= MAX_DEMO_ADAPTER_BYTES, folder.name
-        config = (folder / "adapter_config.json").read_text(encoding="utf-8")
+        config = (folder / config_file).read_text(encoding="utf-8")
         assert '"HuggingFaceTB/SmolLM2-135M-Instruct"' in config, folder.name
 
 
