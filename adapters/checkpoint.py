@@ -59,6 +59,7 @@ OVERHEAD_BYTES = 16 << 20
 """What a weight file may have beside its numbers: names, shapes and padding."""
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _MAX_HEADER_BYTES = 1 << 20
 _WIDEST = 8
@@ -90,7 +91,7 @@ class ConfigFile:
 class Checkpoint:
     """Configuration and weights of an adapter folder.
 
-    Floating-point tensors are finite and of one of FLOAT_DTYPES.
+    Tensors are of FLOAT_DTYPES or INTEGER_DTYPES, and those of the former are finite in float32.
 
     Attributes:
         library: Whose format it is.
@@ -385,11 +386,13 @@ def _require_plain_tensor(path: Path, name: str, value: object, max_bytes: int) 
 
 
 def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
+    if tensor.dtype in INTEGER_DTYPES:
         return
     if tensor.dtype not in FLOAT_DTYPES:
         raise AdapterUnsupported(
             f"{path}: tensor {shown(name)} is {tensor.dtype}: save it as bfloat16"
         )
-    if not bool(tensor.isfinite().all()):
-        raise AdapterCorrupt(f"{path}: tensor {shown(name)} holds NaN or Inf")
+    # Libraries compute in float32, whatever the file holds.
+    numbers = tensor.float() if tensor.dtype is torch.float64 else tensor
+    if not bool(numbers.isfinite().all()):
+        raise AdapterCorrupt(f"{path}: tensor {shown(name)} holds NaN or Inf, as float32")

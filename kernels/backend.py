@@ -171,12 +171,12 @@ def _reference_deltas() -> DeltaOps:
 
 def _compiled_deltas(library: ctypes.CDLL) -> DeltaOps:
     embedding = CompiledEmbedding(library)
-    add_sparse = CompiledCorrection(library, "add_sparse")
     return DeltaOps(
         correct_affine=CompiledCorrection(library, "correct_affine"),
         add_dense=CompiledCorrection(library, "add_dense"),
-        add_sparse=add_sparse,
-        add_spectral=SpectralCorrection(add_sparse),
+        add_sparse=CompiledCorrection(library, "add_sparse"),
+        # one of its own, which keeps the spectral table prepared beside the sparse one
+        add_spectral=SpectralCorrection(CompiledCorrection(library, "add_sparse")),
         add_kronecker=CompiledCorrection(library, "add_kronecker"),
         add_circulant=CompiledCorrection(library, "add_circulant"),
         replace_outputs=CompiledCorrection(library, "replace_outputs"),

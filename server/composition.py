@@ -15,6 +15,20 @@ class CompositionRefused(ValueError):
     """The combination has no meaning; the message says why."""
 
 
+class Room(msgspec.Struct, frozen=True):
+    """What adapters take, or what there is for them.
+
+    Attributes:
+        host_bytes: In host memory.
+        device_bytes: In the device's adapter pool.
+        parts: Slots of the pool.
+    """
+
+    host_bytes: int = 0
+    device_bytes: int = 0
+    parts: int = 0
+
+
 class Composable(msgspec.Struct, frozen=True):
     """What decides whether an adapter can be weighted and combined.
 
@@ -23,12 +37,35 @@ class Composable(msgspec.Struct, frozen=True):
         prefix_length: Keys and values that it puts before a request's own.
         shifts_positions: Whether these shift the positions of the request's tokens.
         prefix_layers: The layers that attend to them; None for all of them.
+        takes: What it needs while a request uses it.
     """
 
     obstacle: str | None = None
     prefix_length: int = 0
     shifts_positions: bool = False
     prefix_layers: tuple[int, ...] | None = None
+    takes: Room = Room()
+
+
+def check_room(adapters: Sequence[Composable], room: Room) -> None:
+    """Check that the adapters of one request, each of which was loaded, can all be there at once.
+
+    Raises:
+        CompositionRefused: There is less room than they take together.
+    """
+    host = sum(adapter.takes.host_bytes for adapter in adapters)
+    device = sum(adapter.takes.device_bytes for adapter in adapters)
+    parts = sum(adapter.takes.parts for adapter in adapters)
+    for needed, there, what, option in (
+        (host, room.host_bytes, "bytes of host memory", "--host-memory-budget"),
+        (device, room.device_bytes, "bytes on the device", "--memory-budget"),
+        (parts, room.parts, "adapter slots", "--max-num-seqs"),
+    ):
+        if needed > there:
+            raise CompositionRefused(
+                f"these adapters need {needed} {what} together, and there are {there}: combine"
+                f" fewer (or serve with a larger {option})"
+            )
 
 
 def check_composition(chosen: Sequence[tuple[str, float, Composable]]) -> None:

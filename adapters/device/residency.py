@@ -52,17 +52,20 @@ class Residency(Generic[Adapter, Place]):
         self._holders: dict[int, int] = {}
         self._idle: dict[int, None] = {}  # insertion order: least recently used first
 
-    def acquire(self, adapter_id: int) -> bool:
-        """Hold the adapter on the device for one more sequence.
+    def acquire(self, *adapter_ids: int) -> bool:
+        """Hold all these adapters on the device for one more sequence, or none of them.
 
         Makes room by dropping the least recently used adapters that no sequence holds. False, with
-        nothing changed, where even that is not enough.
+        nothing held, where even that is not enough.
         """
-        if adapter_id not in self._places and not self._bring_in(adapter_id):
+        if self._hold_all(adapter_ids):
+            return True
+        if self._holders or not self._idle:
             return False
-        self._idle.pop(adapter_id, None)
-        self._holders[adapter_id] = self._holders.get(adapter_id, 0) + 1
-        return True
+        # Nothing is in use, so what is in the way is where those that are there happen to lie.
+        for other in list(self._idle):
+            self._evict(other)
+        return self._hold_all(adapter_ids)
 
     def release(self, adapter_id: int) -> None:
         """Give back one ``acquire``; the adapter stays resident until its room is needed.
@@ -116,8 +119,20 @@ class Residency(Generic[Adapter, Place]):
         if any(count < 1 for count in self._holders.values()):
             raise ResidencyError("an adapter is held by no sequence")
 
-    def _bring_in(self, adapter_id: int) -> bool:
-        adapter, idle = self._lowered(adapter_id), list(self._idle)
+    def _hold_all(self, adapter_ids: Sequence[int]) -> bool:
+        for count, adapter_id in enumerate(adapter_ids):
+            if adapter_id not in self._places and not self._bring_in(adapter_id, adapter_ids):
+                for held in adapter_ids[:count]:
+                    self.release(held)
+                return False
+            self._idle.pop(adapter_id, None)
+            self._holders[adapter_id] = self._holders.get(adapter_id, 0) + 1
+        return True
+
+    def _bring_in(self, adapter_id: int, wanted: Sequence[int]) -> bool:
+        """Install the adapter, dropping idle ones if need be, of those ``wanted`` too the last."""
+        adapter = self._lowered(adapter_id)
+        idle = sorted(self._idle, key=lambda other: other in wanted)
         evictions = self._pool.evictions_for(adapter, [self._places[other] for other in idle])
         if evictions is None:
             return False

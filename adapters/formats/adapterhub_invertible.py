@@ -33,6 +33,9 @@ from .peft_tensors import required
 _WITHOUT_INVERSE = ("llama", "mistral")
 """Base types whose embedding the library changes, and nothing else."""
 
+_HEAD = "ForCausalLM"
+"""End of the name of their classes with a language-model head."""
+
 _PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")
 _ROWS_AT_ONCE = 4096
 
@@ -137,12 +140,13 @@ def _check_served(form: object, envelope: Envelope) -> None:
     if form != "nice":
         raise AdapterUnsupported(
             f"the config field 'inv_adapter' is {shown(form)}: the library itself computes only "
-            f"'nice'"
+            f"'nice': train with that"
         )
-    if envelope.model_type not in _WITHOUT_INVERSE or envelope.model_class.endswith("AdapterModel"):
+    if envelope.model_type not in _WITHOUT_INVERSE or not envelope.model_class.endswith(_HEAD):
         raise AdapterUnsupported(
             f"the config field 'inv_adapter' is not served for {shown(envelope.model_type)} in "
-            f"{shown(envelope.model_class)}: it reads positions too, or is inverted before the head"
+            f"{shown(envelope.model_class)}: it reads positions too, or is inverted before the "
+            f"head: train without"
         )
 
 

@@ -11,6 +11,9 @@ from types import MappingProxyType
 
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 
+MAX_NAMES = 1024
+"""Names in one field: each may be compared with the path of every tensor."""
+
 PEFT_HARMLESS: Mapping[str, str] = MappingProxyType(
     {
         "peft_type": "chose the kind",
@@ -64,6 +67,26 @@ def positive_int(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise AdapterCorrupt(f"the config field {shown(name)} is {shown(value)}, not a count")
     return value
+
+
+def count_or_zero(name: str, value: object) -> int:
+    """The value of the field as an integer from 0 on, or AdapterCorrupt."""
+    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
+
+
+def name_list(name: str, value: object, limit: int = MAX_NAMES) -> tuple[str, ...]:
+    """The value of the field as a list of names, empty where it is null.
+
+    Raises:
+        AdapterCorrupt: It is something else, or a name is empty.
+        AdapterUnsupported: There are more than ``limit``.
+    """
+    listed = [] if value is None else value
+    if not isinstance(listed, list) or not all(isinstance(each, str) and each for each in listed):
+        raise AdapterCorrupt(f"the config field {name!r} is {shown(value)}, not a list of names")
+    if len(listed) > limit:
+        raise AdapterUnsupported(f"the config field {name!r} holds more than {limit} names")
+    return tuple(listed)
 
 
 def finite_number(name: str, value: object) -> float:

@@ -2,8 +2,7 @@
 
 What such a kind says itself is small: how the tensors of one module are checked, and what
 primitives they are on a target. The rest is the same for all of them and stands here: which tensors
-there are, where the modules lie in the base, and the tensors that replace the base's own beside
-them (PEFT's ``modules_to_save``, and biases of ``bias="all"`` and ``bias="..._only"``).
+there are, and where the modules lie in the base. What else a file holds is ``peft_saved``'s.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,16 +17,15 @@ from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..files import PEFT
 from ..kind import KindPage, Lowered, ParsedAdapter, PrimitiveShape
 from ..layout import LinearTarget
-from ..primitives.embedding import EmbeddingRows
-from ..primitives.layer import NormOverride
 from ..primitives.linear import Affine, Dense
 from ..primitives.lowered import Part
 from ..primitives.primitive import Primitive
 from ..scope import EveryPosition
 from .binding import cast, mismatch, named_target
 from .config_fields import PEFT_HARMLESS, FieldRules, positive_int
-from .overrides import merge, override_primitives
-from .peft_tensors import PREFIX, Reasons, by_module, unserved_tensor
+from .overrides import merge
+from .peft_saved import SavedTensors, replaced_weights
+from .peft_tensors import PREFIX, Reasons, by_module, no_tensor
 
 MAX_RANK = 4096
 """Largest rank, of every kind that has one."""
@@ -42,14 +40,6 @@ HARMLESS: Mapping[str, str] = {
     "init_weights": "initialization only",
 }
 """Fields of these kinds' configurations that cannot change an answer, with the reason."""
-
-_BASE_LAYER = ".base_layer."
-_EMBEDDINGS = ("embed_tokens", "wte", "wpe")
-_OTHERS: Reasons = (
-    (".trainable_tokens_delta", "it replaces rows of the embedding: train without new tokens"),
-    (".bias", "the config field 'bias' is 'none', and modules_to_save is empty"),
-    (".weight", "the config field modules_to_save is empty"),
-)
 
 
 class LinearModule(Protocol):
@@ -83,42 +73,19 @@ LowerModules = Callable[[Base, Sequence[tuple[LinearTarget, M]]], Iterable[Primi
 
 
 @dataclass(frozen=True, slots=True)
-class BaseTensors:
-    """Tensors of the base in an adapter's file, by their names in the base's ``state_dict``.
-
-    Attributes:
-        replaced: Trained ones, which take the place of the base's.
-        copies: Weights of adapted modules, which PEFT saves in case that the vocabulary was
-            resized; they must be the base's own.
-    """
-
-    replaced: Mapping[str, Tensor]
-    copies: Mapping[str, Tensor]
-
-    @property
-    def shapes(self) -> Iterator[PrimitiveShape]:
-        """What the replaced ones lower to; the others take nothing."""
-        for name, tensor in self.replaced.items():
-            path, _, part = name.rpartition(".")
-            matrix = EmbeddingRows if path.endswith(_EMBEDDINGS) else Dense
-            kind = Affine if part == "bias" else matrix if tensor.dim() == 2 else NormOverride
-            yield PrimitiveShape(kind.__name__, path, 0, tensor.numel())
-
-
-@dataclass(frozen=True, slots=True)
 class LinearAdapter(Generic[M]):
     """An adapter of linear modules whose configuration and tensors agree.
 
     Attributes:
         modules: In any order, with different paths.
         lower_modules: The kind's own part of lowering.
-        of_base: Tensors of the base.
+        saved: Everything else in the file.
         on_conv1d: Whether the library has the kind for GPT-2's ``Conv1D``.
     """
 
     modules: tuple[M, ...]
     lower_modules: LowerModules[M]
-    of_base: BaseTensors
+    saved: SavedTensors
     on_conv1d: bool = False
 
     @property
@@ -126,16 +93,16 @@ class LinearAdapter(Generic[M]):
         """What the modules and the replaced tensors lower to."""
         return (
             *(shape for module in self.modules for shape in module.shapes),
-            *self.of_base.shapes,
+            *self.saved.shapes,
         )
 
     def lower(self, base: Base) -> Lowered:
         """Bind the modules to the base's targets of their paths; see ``kind.ParsedAdapter``."""
         bound = [(self._target(base, module), module) for module in self.modules]
         bound.sort(key=lambda pair: pair[0].index)
-        overrides = override_primitives(base, {**self.of_base.replaced, **self.of_base.copies})
-        _require_same_weights(overrides, {module.path for module in self.modules})
-        primitives = merge((*self.lower_modules(base, bound), *overrides))
+        saved = self.saved.lower(base)
+        _require_same_weights(saved, [module.path for module in self.modules])
+        primitives = merge((*self.lower_modules(base, bound), *saved))
         return Lowered((Part(EveryPosition(), primitives),))
 
     def _target(self, base: Base, module: M) -> LinearTarget:
@@ -189,11 +156,11 @@ class Tensors:
 
     Attributes:
         modules: Module path -> {suffix: tensor}.
-        of_base: Tensors of the base.
+        saved: Everything else in the file.
     """
 
     modules: Mapping[str, Mapping[str, Tensor]]
-    of_base: BaseTensors
+    saved: SavedTensors
 
     @classmethod
     def read(
@@ -206,7 +173,7 @@ class Tensors:
         """Sort the tensors.
 
         Args:
-            config: Its ``bias`` and ``modules_to_save`` say whether tensors may be replaced.
+            config: As for ``SavedTensors.read``.
             tensors: By their names in the file.
             suffixes: What may stand behind a module's path.
             others: Why known other tensors are not served.
@@ -217,9 +184,12 @@ class Tensors:
         """
         ours = {n: t for n, t in tensors.items() if n.endswith(tuple(f".{s}" for s in suffixes))}
         rest = {name: tensor for name, tensor in tensors.items() if name not in ours}
+        modules = by_module(ours, suffixes) if ours else {}
         # First what is refused by its name: a file of such tensors alone is not an empty one.
-        of_base = _of_base(config, rest, others)
-        return cls(by_module(ours, suffixes), of_base)
+        saved = SavedTensors.read(config, rest, modules, others)
+        if not modules:
+            raise no_tensor()
+        return cls(modules, saved)
 
 
 def split_off(
@@ -295,40 +265,12 @@ def bounded_rank(name: str, value: object) -> int:
     return rank
 
 
-def _of_base(
-    config: Mapping[str, object], tensors: Mapping[str, Tensor], others: Reasons
-) -> BaseTensors:
-    biases, modules = _saves_biases(config), bool(config.get("modules_to_save"))
-    replaced: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    for name, tensor in sorted(tensors.items()):
-        is_copy = name.endswith(f"{_BASE_LAYER}weight")
-        is_bias, is_weight = name.endswith(".bias"), name.endswith(".weight")
-        served = is_copy or (modules and (is_bias or is_weight)) or (biases and is_bias)
-        if not (name.startswith(PREFIX) and served):
-            raise unserved_tensor(name, (*others, *_OTHERS))
-        of_base = name.removeprefix(PREFIX).replace(_BASE_LAYER, ".")
-        (copies if is_copy else replaced)[of_base] = tensor
-    if len(replaced.keys() | copies.keys()) < len(tensors):
-        raise AdapterCorrupt("the file holds a weight or bias of the base twice")
-    return BaseTensors(replaced, copies)
-
-
-def _saves_biases(config: Mapping[str, object]) -> bool:
-    value = config.get("bias", "none")
-    if not isinstance(value, str) or not (value in ("none", "all") or value.endswith("_only")):
-        raise AdapterUnsupported(f"the config field 'bias' has the unknown value {shown(value)}")
-    return value != "none"
-
-
-def _require_same_weights(overrides: Iterable[Primitive], adapted: set[str]) -> None:
-    for primitive in overrides:
-        replaces = isinstance(primitive, Affine) and primitive.scale is not None
-        if replaces and primitive.path in adapted:
-            raise AdapterUnsupported(
-                f"the weight of {shown(primitive.path)} is not the base's, and the module is "
-                f"adapted as well: train with one of both"
-            )
+def _require_same_weights(saved: Iterable[Primitive], adapted: Iterable[str]) -> None:
+    for path in replaced_weights(saved).intersection(adapted):
+        raise AdapterUnsupported(
+            f"the weight of {shown(path)} is not the base's, and the module is adapted as well: "
+            f"train with one of both"
+        )
 
 
 def iter_each(

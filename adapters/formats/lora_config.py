@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
-from .config_fields import PEFT_HARMLESS, FieldRules, finite_number, flag, positive_int
+from .config_fields import PEFT_HARMLESS, FieldRules, finite_number, flag, name_list, positive_int
 from .linear_adapter import bounded_rank
 from .peft_patterns import Patterns
 from .weight_parts import KASA, OLORA, PISSA, RemovedPart
 
 MAX_INVOCATION_TOKENS = 256
 """A prompt is searched for them while the engine waits."""
-MAX_BLOCK_PATTERNS = 256
 
 LORA_HARMLESS: Mapping[str, str] = {
     **PEFT_HARMLESS,
@@ -96,16 +95,25 @@ class Variant(Enum):
     QALORA = "use_qalora"
 
 
+def _of_training(*names: str) -> FieldRules:
+    return FieldRules(frozenset(), dict.fromkeys(names, "read in training only"), {})
+
+
 _NESTED_RULES: Mapping[Variant, FieldRules] = {
     Variant.BLOCKS: FieldRules(
         implemented=frozenset({"target_modules_bd_a", "target_modules_bd_b", "nblocks"}),
         harmless={"match_strict": "whether training refuses modules without blocks"},
         refused={},
     ),
-    Variant.KASA: FieldRules(
-        implemented=frozenset(),
-        harmless={"beta": "of the training loss", "gamma": "of the training loss"},
-        refused={},
+    Variant.KASA: _of_training("beta", "gamma"),
+    Variant.VELORA: _of_training("num_groups", "scale", "init_type"),
+    Variant.MONTECLORA: _of_training(
+        "num_samples",
+        "use_entropy",
+        "dirichlet_prior",
+        "sample_scaler",
+        "kl_loss_weight",
+        "buffer_size",
     ),
 }
 _ON_EMBEDDINGS = (Variant.PLAIN, Variant.DORA)
@@ -136,8 +144,8 @@ class Blocks:
         """
         fields = _nested(config, Variant.BLOCKS)
         return cls(
-            a=_block_patterns(fields, "target_modules_bd_a"),
-            b=_block_patterns(fields, "target_modules_bd_b"),
+            a=name_list("target_modules_bd_a", fields.get("target_modules_bd_a")),
+            b=name_list("target_modules_bd_b", fields.get("target_modules_bd_b")),
             count=positive_int("nblocks", fields.get("nblocks", 1)),
         )
 
@@ -299,19 +307,8 @@ def _nested(config: Mapping[str, object], variant: Variant) -> Mapping[str, obje
     fields = config[variant.value]
     if not isinstance(fields, dict):
         raise AdapterCorrupt(f"the config field {variant.value!r} is {shown(fields)}, no object")
-    rules = _NESTED_RULES.get(variant)
-    if rules is not None:
-        rules.check(fields)
+    _NESTED_RULES[variant].check(fields)
     return fields
-
-
-def _block_patterns(fields: Mapping[str, object], name: str) -> tuple[str, ...]:
-    value = fields.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-        raise AdapterCorrupt(f"the config field {name!r} is {shown(value)}, not a list of names")
-    if len(value) > MAX_BLOCK_PATTERNS:
-        raise AdapterUnsupported(f"{name!r} holds more than {MAX_BLOCK_PATTERNS} names")
-    return tuple(value)
 
 
 def _group_size(config: Mapping[str, object]) -> int:
@@ -326,9 +323,7 @@ def _group_size(config: Mapping[str, object]) -> int:
 def _parameters(config: Mapping[str, object], variant: Variant) -> frozenset[str]:
     """The field ``target_parameters``: only a module's ``weight`` is a matrix that is served."""
     name = "target_parameters"
-    value = config.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise AdapterCorrupt(f"the config field {name!r} is {shown(value)}, not a list of names")
+    value = name_list(name, config.get(name))
     for each in value:
         if each.rpartition(".")[2] != "weight":
             raise AdapterUnsupported(

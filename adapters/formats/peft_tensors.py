@@ -38,8 +38,13 @@ def by_module(
         require_float(name, tensor)
         modules.setdefault(match[1], {})[match[2]] = tensor
     if not modules:
-        raise AdapterCorrupt("the weight file holds no tensor at all")
+        raise no_tensor()
     return modules
+
+
+def no_tensor() -> AdapterCorrupt:
+    """The refusal of a file without a tensor of its kind's own."""
+    return AdapterCorrupt("the weight file holds no tensor at all of the adapter's own")
 
 
 def unserved_tensor(name: str, others: Reasons = ()) -> AdapterUnsupported:

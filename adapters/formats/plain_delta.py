@@ -23,7 +23,7 @@ from ..scope import EveryPosition
 from .binding import mismatch
 from .config_fields import FieldRules
 from .overrides import Mode, override_primitives, override_shapes, tensor_shape
-from .peft_tensors import PREFIX
+from .peft_tensors import PREFIX, require_float
 
 _DELTA_TYPE = "delta_type"
 _NOTES: Mapping[str, str] = {
@@ -99,12 +99,15 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     Raises:
         AdapterCorrupt: There are none, or two of one name.
+        AdapterUnsupported: One does not hold floats.
     """
     named = {state_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     if len(named) < len(checkpoint.tensors):
         raise AdapterCorrupt("the weight file holds a tensor under two names")
     if not named:
         raise AdapterCorrupt("the weight file holds no tensor at all")
+    for name, tensor in named.items():
+        require_float(name, tensor)
     return named
 
 

@@ -24,8 +24,15 @@ from ..primitives.linear import Affine, Dense
 from ..primitives.primitive import Primitive
 from .binding import cast, mismatch
 from .config_fields import positive_int
-from .linear_adapter import LinearAdapter, Tensors, bounded_rank, require_shape
+from .linear_adapter import HARMLESS, LinearAdapter, Tensors, bounded_rank, require_shape
 from .peft_tensors import required
+
+_FORM = "init_weights"
+
+SHARD_HARMLESS: Mapping[str, str] = {
+    name: reason for name, reason in HARMLESS.items() if name != _FORM
+}
+"""As ``HARMLESS``, but for the field that says what is computed."""
 
 
 class Variant(Enum):
@@ -78,7 +85,7 @@ def shard_sharing_reader(
     def read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
         config = checkpoint.config
         rank = bounded_rank("r", config.get("r", 64))
-        variant = _variant(config.get("init_weights", True), variants)
+        variant = _variant(config.get(_FORM, True), variants)
         mini = positive_int("mini_r", config.get("mini_r", 1))
         shape = {
             Variant.PLAIN: (rank, None),
@@ -89,7 +96,7 @@ def shard_sharing_reader(
         modules = tuple(
             _module(path, parts, tensor, variant, shape) for path, parts in tensors.modules.items()
         )
-        return LinearAdapter(modules, _lower, tensors.of_base)
+        return LinearAdapter(modules, _lower, tensors.saved)
 
     return read
 
@@ -100,7 +107,7 @@ def _variant(value: object, variants: Sequence[Variant]) -> Variant:
     for variant in variants:
         if value == variant.value and variant is not Variant.PLAIN:
             return variant
-    raise AdapterUnsupported(f"the config field 'init_weights' is {shown(value)}, which is unknown")
+    raise AdapterUnsupported(f"the config field {_FORM!r} is {shown(value)}, which is unknown")
 
 
 def _module(

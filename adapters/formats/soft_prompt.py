@@ -25,12 +25,14 @@ from .binding import cast, mismatch
 from .config_fields import PEFT_HARMLESS, FieldRules, positive_int
 from .linear_adapter import require_shape
 from .overrides import override_primitives, override_shapes
-from .peft_tensors import require_float, unserved_tensor
+from .peft_saved import SavedModules, require_own_biases
+from .peft_tensors import Reasons, require_float, unserved_tensor
 
 EMBEDDINGS = "prompt_embeddings"
 MAX_PROMPT = 4096
 """Rows of a prompt that the base computes at once, all of them attending to each other."""
 
+_OTHERS: Reasons = ((".weight", "the config field modules_to_save does not name its module"),)
 # PEFT does not wrap the base of these methods, so that modules_to_save has a shorter prefix.
 _SAVED_PREFIX = "base_model."
 
@@ -101,7 +103,7 @@ class SoftPrompt:
         require_room(base.layout, length)
         if length > MAX_PROMPT:
             raise AdapterUnsupported(f"the prompt has {length} rows, more than {MAX_PROMPT}")
-        replaced = override_primitives(base, self.replaced)
+        replaced = replaced_primitives(base, self.replaced)
         _require_same_prompt(base.layout, replaced)
         keys, values = base.encode(cast(EMBEDDINGS, self.rows, base.dtype))
         prefix = KVPrefix(
@@ -161,6 +163,12 @@ def require_room(layout: BaseLayout, length: int) -> None:
         )
 
 
+def replaced_primitives(base: Base, tensors: Mapping[str, Tensor]) -> tuple[Primitive, ...]:
+    """Those of ``Prompt.replaced``; raises as ``override_primitives``."""
+    require_own_biases(base.layout, tensors)
+    return override_primitives(base, tensors)
+
+
 def parts_of(primitives: tuple[Primitive, ...]) -> tuple[Part, ...]:
     """One part with these primitives, none without any."""
     return (Part(EveryPosition(), primitives),) if primitives else ()
@@ -175,12 +183,16 @@ def _required(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _replaced(checkpoint: Checkpoint, own: Iterable[str]) -> dict[str, Tensor]:
-    saves = bool(checkpoint.config.get("modules_to_save"))
-    rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in set(own)}
-    for name in rest:
-        if not (saves and name.startswith(_SAVED_PREFIX)):
-            raise unserved_tensor(name)
-    return {name.removeprefix(_SAVED_PREFIX): tensor for name, tensor in rest.items()}
+    modules = SavedModules.read(checkpoint.config)
+    replaced = {}
+    for name in sorted(checkpoint.tensors.keys() - set(own)):
+        local = name.removeprefix(_SAVED_PREFIX)
+        module = local.rpartition(".")[0]
+        if local == name or not modules.hold(module, _SAVED_PREFIX):
+            raise unserved_tensor(name, _OTHERS)
+        require_float(name, checkpoint.tensors[name])
+        replaced[local] = checkpoint.tensors[name]
+    return replaced
 
 
 def _require_same_prompt(layout: BaseLayout, replaced: Iterable[Primitive]) -> None:

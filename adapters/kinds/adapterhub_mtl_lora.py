@@ -38,7 +38,7 @@ PAGE = KindPage(
     "VeRA (the library ignores them); use_gating; r above 4096",
 )
 
-_OWN_RULES = FieldRules(
+MTL_RULES = FieldRules(
     implemented=RULES.implemented
     | {"n_up_projection", "task_specific_matrix_type", "weights_sharpness"},
     harmless=RULES.harmless,
@@ -99,7 +99,7 @@ def _matches(config: Config) -> bool:
 
 
 def _parse(config: Config, envelope: Envelope, tensors: Tensors) -> ParsedMethod:
-    scalars = LoraScalars.read(config, envelope, _OWN_RULES)
+    scalars = LoraScalars.read(config, envelope, MTL_RULES)
     if is_dora(config) or is_vera(config) or not is_added(config):
         raise AdapterUnsupported(
             "MTL-LoRA goes with composition_mode 'add', and without use_dora, vera_d and vera_b"
@@ -128,7 +128,9 @@ def _module(
     config: Mapping[str, object],
 ) -> _Module:
     if is_fused(path):
-        raise AdapterUnsupported(f"{shown(path)} is fused, on which the library's MTL-LoRA fails")
+        raise AdapterUnsupported(
+            f"{shown(path)} is fused, on which the library's own MTL-LoRA fails: train LoRA there"
+        )
     count = positive_int("n_up_projection", config.get("n_up_projection", 1))
     sharpness = finite_number("weights_sharpness", config.get("weights_sharpness", 0.05))
     if count > MAX_PROJECTIONS or abs(sharpness) < 1e-6:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
-from ..files import ADAPTERHUB
+from ..files import ADAPTERHUB, OPTIONS_FILE
 from ..formats.adapterhub import Method, ParsedAdapterHub, inner_config, parse_methods
 from ..kind import KindPage
 from . import (
@@ -27,6 +27,7 @@ from . import (
 
 MAX_CONFIGS = 16
 
+_REFT = adapterhub_reft.KIND.method
 _METHODS: Sequence[Method] = (
     adapterhub_bottleneck.KIND.method,
     adapterhub_compacter.KIND.method,
@@ -36,7 +37,7 @@ _METHODS: Sequence[Method] = (
     adapterhub_mtl_lora.KIND.method,
     adapterhub_prefix_tuning.KIND.method,
     adapterhub_prompt_tuning.KIND.method,
-    adapterhub_reft.KIND.method,
+    _REFT,
     adapterhub_vera.KIND.method,
 )
 
@@ -78,7 +79,12 @@ class AdapterHubUnion:
             raise AdapterCorrupt(
                 f"the config field 'configs' is {shown(configs)}, not a short list"
             )
-        return parse_methods(checkpoint, [(_method(each), each) for each in configs])
+        methods = [(_method(each), each) for each in configs]
+        if checkpoint.options and not any(method is _REFT for method, _ in methods):
+            raise AdapterUnsupported(
+                f"{OPTIONS_FILE} holds {shown(list(checkpoint.options))}, and the union has no ReFT"
+            )
+        return parse_methods(checkpoint, methods)
 
 
 KIND = AdapterHubUnion()

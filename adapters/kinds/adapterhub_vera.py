@@ -123,7 +123,9 @@ def _module(
     path: str, tensors: Mapping[str, Tensor], rank: int, out_features: int, has_magnitude: bool
 ) -> _Module:
     if is_fused(path):
-        raise AdapterUnsupported(f"{shown(path)} is fused, on which the library's own VeRA fails")
+        raise AdapterUnsupported(
+            f"{shown(path)} is fused, on which the library's own VeRA fails: train LoRA there"
+        )
     check_names(path, tensors, ("vera_D", "vera_B", *(("m.weight",) if has_magnitude else ())))
     check_shape(path, "vera_D", tensors["vera_D"], rank, rank)
     check_shape(path, "vera_B", tensors["vera_B"], out_features, out_features)

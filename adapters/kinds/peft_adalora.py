@@ -36,7 +36,7 @@ def _read(checkpoint: Checkpoint) -> LoraAdapter:
     own = {name: t for name, t in checkpoint.tensors.items() if _is_own(name)}
     beside = {name: t for name, t in checkpoint.tensors.items() if name not in own}
     parts = by_module(own, _NAMES)
-    saved = SavedTensors.read(config, beside)
+    saved = SavedTensors.read(config, beside, parts)
     require_apart(parts, saved)
     modules = (module for path in parts for module in _modules(path, parts[path], config))
     return LoraAdapter(tuple(modules), saved)

@@ -17,7 +17,7 @@ from ..base import Base
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, shown
 from ..formats.binding import cast
-from ..formats.config_fields import FieldRules, positive_int
+from ..formats.config_fields import FieldRules, count_or_zero, positive_int
 from ..formats.factors import cayley
 from ..formats.linear_adapter import (
     HARMLESS,
@@ -62,19 +62,18 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     factors = positive_int("boft_n_butterfly_factor", config.get("boft_n_butterfly_factor", 1))
     sizes = _sizes(config)
     modules = tuple(_module(path, parts, factors, sizes) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _sizes(config: Mapping[str, object]) -> tuple[int | None, int | None]:
     """Number of blocks and size of a block, one of which is None: it follows from the width."""
-    values = config.get("boft_block_num", 0), config.get("boft_block_size", 4)
-    if (values[0] == 0) == (values[1] == 0):
+    count = count_or_zero("boft_block_num", config.get("boft_block_num", 0))
+    size = count_or_zero("boft_block_size", config.get("boft_block_size", 4))
+    if (count == 0) == (size == 0):
         raise AdapterCorrupt(
-            f"boft_block_num and boft_block_size are {shown(values)}, and one has to be 0"
+            f"boft_block_num is {count} and boft_block_size {size}, and one has to be 0"
         )
-    if values[0] == 0:
-        return None, positive_int("boft_block_size", values[1])
-    return positive_int("boft_block_num", values[0]), None
+    return count or None, size or None
 
 
 def _module(

@@ -4,8 +4,8 @@ See ``shard_sharing``. PEFT 0.21.2 has no Bone any more, but the same computatio
 """
 
 from ..formats.config_fields import FieldRules
-from ..formats.linear_adapter import HARMLESS, PeftKind
-from ..formats.shard_sharing import Variant, shard_sharing_reader
+from ..formats.linear_adapter import PeftKind
+from ..formats.shard_sharing import SHARD_HARMLESS, Variant, shard_sharing_reader
 from ..kind import KindPage
 
 KIND = PeftKind(
@@ -23,7 +23,7 @@ KIND = PeftKind(
     ),
     rules=FieldRules(
         implemented=frozenset({"r", "init_weights", "bias", "modules_to_save"}),
-        harmless=HARMLESS,
+        harmless=SHARD_HARMLESS,
         refused={},
     ),
     read=shard_sharing_reader("bone_block", (Variant.PLAIN, Variant.BAT)),

@@ -54,7 +54,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     config = checkpoint.config
     tensors = Tensors.read(config, checkpoint.tensors, (_KERNEL,))
     modules = tuple(_module(path, parts, config) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], config: Mapping[str, object]) -> _Module:

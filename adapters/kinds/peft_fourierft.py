@@ -89,7 +89,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     seeded("random_loc_seed", seed)
     places = _Places(seed, finite_number("scaling", config.get("scaling", 150.0)))
     modules = tuple(_module(path, parts, config) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, places.lower, tensors.of_base, on_conv1d=True)
+    return LinearAdapter(modules, places.lower, tensors.saved, on_conv1d=True)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], config: Mapping[str, object]) -> _Module:

@@ -43,9 +43,11 @@ float32, and so is what PEFT computes from it."""
 
 @dataclass(frozen=True, slots=True)
 class _Module:
+    """U (in, r) and Z (r, in): the product of the reflections is I - U Z."""
+
     path: str
     u: Tensor
-    is_orthogonal: bool
+    z: Tensor
     out_features: None = None
 
     @property
@@ -70,44 +72,40 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     modules = tuple(
         _module(path, parts, rank, is_orthogonal) for path, parts in tensors.modules.items()
     )
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], rank: int, is_orthogonal: bool) -> _Module:
-    (u,) = required(path, parts, _U)
-    require_shape(path, _U, u, None, rank)
-    return _Module(path, u, is_orthogonal)
-
-
-def _lower(base: Base, target: LinearTarget, module: _Module) -> Iterator[Primitive]:
-    left, a = _reflections(module)
-    weight = base.linear(target).weight.float()
-    b = -(weight @ left.float()).T
-    yield low_rank(base, target, a.float(), b)
-
-
-def _reflections(module: _Module) -> tuple[Tensor, Tensor]:
-    """U (in, r) and Z (r, in), float64: the product of the reflections is I - U Z."""
-    u = module.u.double()
-    lengths = u.norm(dim=0)
+    (stored,) = required(path, parts, _U)
+    require_shape(path, _U, stored, None, rank)
+    columns = stored.double()
+    lengths = columns.norm(dim=0)
     if not bool((lengths > 0).all()):
-        raise AdapterCorrupt(f"{shown(module.path)} has a {_U} with a column of zeros")
-    units = u / lengths
-    if not module.is_orthogonal:
-        return householder_product(units)
-    if module.rank > module.in_features:
-        raise _dependent(module)
+        raise AdapterCorrupt(f"{shown(path)} has a {_U} with a column of zeros")
+    units = columns / lengths
+    u, z = _orthogonal_product(path, units) if is_orthogonal else householder_product(units)
+    return _Module(path, u.float(), z.float())
+
+
+def _orthogonal_product(path: str, units: Tensor) -> tuple[Tensor, Tensor]:
+    if units.shape[1] > units.shape[0]:
+        raise _dependent(path)
     basis, triangle = torch.linalg.qr(units)
     if not bool((triangle.diagonal().abs() > _INDEPENDENT).all()):
-        raise _dependent(module)
+        raise _dependent(path)
     return basis, 2 * basis.T
 
 
-def _dependent(module: _Module) -> AdapterCorrupt:
+def _dependent(path: str) -> AdapterCorrupt:
     return AdapterCorrupt(
-        f"{shown(module.path)} has a {_U} whose columns depend on each other, so that Gram-Schmidt "
+        f"{shown(path)} has a {_U} whose columns depend on each other, so that Gram-Schmidt "
         f"(apply_GS) divides rounding errors by their length"
     )
+
+
+def _lower(base: Base, target: LinearTarget, module: _Module) -> Iterator[Primitive]:
+    weight = base.linear(target).weight.float()
+    yield low_rank(base, target, module.z, -(weight @ module.u).T)
 
 
 KIND = PeftKind(

@@ -4,7 +4,7 @@ y = l * (W x + b)      ia3_l (out, 1)
 y = W (l * x) + b      ia3_l (1, in), of the modules that PEFT calls feed-forward
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,14 +13,14 @@ from ..base import Base
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, shown
 from ..formats.binding import cast
-from ..formats.config_fields import FieldRules
+from ..formats.config_fields import FieldRules, name_list
 from ..formats.linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
 from ..kind import KindPage, PrimitiveShape
 from ..layout import LinearTarget
 from ..primitives.linear import Affine, InputTransform
 from ..primitives.primitive import Primitive
 
-_NAME = "ia3_l"
+_NAME, _FIELD = "ia3_l", "feedforward_modules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class _Module:
 def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     tensors = Tensors.read(checkpoint.config, checkpoint.tensors, (_NAME,))
     modules = tuple(_module(path, parts[_NAME]) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base, on_conv1d=True)
+    _require_sides(checkpoint.config, modules)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved, on_conv1d=True)
 
 
 def _module(path: str, tensor: Tensor) -> _Module:
@@ -56,6 +57,21 @@ def _module(path: str, tensor: Tensor) -> _Module:
             f"{shown(path)} has an {_NAME} of {list(tensor.shape)}: it is (out, 1) or (1, in)"
         )
     return _Module(path, tensor.flatten(), scales_input=tensor.shape[0] == 1)
+
+
+def _require_sides(config: Mapping[str, object], modules: Iterable[_Module]) -> None:
+    """Check what a list of names says of the sides; of an expression the shapes alone tell."""
+    value = config.get(_FIELD)
+    if value is None or isinstance(value, str):
+        return
+    named = name_list(_FIELD, value)
+    for module in modules:
+        if module.path.endswith(named) is not module.scales_input:
+            side = "input" if module.scales_input else "output"
+            raise AdapterCorrupt(
+                f"{shown(module.path)} has an {_NAME} of its {side}, and the config field "
+                f"{_FIELD!r} says otherwise"
+            )
 
 
 def _lower(base: Base, target: LinearTarget, module: _Module) -> Iterator[Primitive]:
@@ -78,10 +94,9 @@ KIND = PeftKind(
         limits="A module that is adapted and replaced by modules_to_save as well is refused.",
     ),
     rules=FieldRules(
-        implemented=frozenset({"modules_to_save"}),
+        implemented=frozenset({"feedforward_modules", "modules_to_save"}),
         harmless={
             **HARMLESS,
-            "feedforward_modules": "told by the tensors' shapes",
             "init_ia3_weights": "initialization only",
         },
         refused={},

@@ -4,17 +4,14 @@ PEFT puts a trained copy of a module in its place, which need not be a norm. Its
 ``<path>.ln_tuning_layers.weight`` and, where the module has one, ``.bias``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from ..base import Base
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, shown
 from ..formats.config_fields import FieldRules
 from ..formats.linear_adapter import HARMLESS, PeftKind, Tensors
-from ..formats.overrides import override_primitives, override_shapes
+from ..formats.peft_saved import SavedTensors
 from ..formats.peft_tensors import required
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..primitives.lowered import Part
@@ -26,21 +23,21 @@ _WEIGHT, _BIAS = f"{_MARK}weight", f"{_MARK}bias"
 
 @dataclass(frozen=True, slots=True)
 class _ParsedNorms:
-    """The copies, by the names of the base's tensors that they replace."""
+    """The copies, and what else is replaced, by the names of the base's tensors."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: SavedTensors
 
     @property
     def shapes(self) -> tuple[PrimitiveShape, ...]:
-        return override_shapes(self.tensors)
+        return self.tensors.shapes
 
     def lower(self, base: Base) -> Lowered:
-        norms = base.layout.norms_by_path
-        for name in self.tensors:
+        norms, replaced = base.layout.norms_by_path, self.tensors.replaced
+        for name in replaced:
             path = name.rpartition(".")[0]
-            if path in norms and norms[path].has_bias and f"{path}.bias" not in self.tensors:
+            if path in norms and norms[path].has_bias and f"{path}.bias" not in replaced:
                 raise AdapterCorrupt(f"{shown(path)} has no bias: the weight file is incomplete")
-        return Lowered((Part(EveryPosition(), override_primitives(base, self.tensors)),))
+        return Lowered((Part(EveryPosition(), self.tensors.lower(base)),))
 
 
 def _read(checkpoint: Checkpoint) -> _ParsedNorms:
@@ -52,10 +49,10 @@ def _read(checkpoint: Checkpoint) -> _ParsedNorms:
     }
     for path, parts in found.modules.items():
         required(path, parts, _WEIGHT)
-    others = {**found.of_base.replaced, **found.of_base.copies}
-    for name in copies.keys() & others.keys():
+    others = found.saved.replaced
+    for name in copies.keys() & (others.keys() | found.saved.copies.keys()):
         raise AdapterCorrupt(f"{shown(name)} is in the weight file twice")
-    return _ParsedNorms({**copies, **others})
+    return _ParsedNorms(replace(found.saved, replaced={**copies, **others}))
 
 
 KIND = PeftKind(

@@ -70,7 +70,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     )
     scalars = LycorisScalars.read(checkpoint.config, len(tensors.modules))
     modules = tuple(_module(path, parts, scalars) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], scalars: LycorisScalars) -> _Module:

@@ -15,7 +15,7 @@ from ..base import Base
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, shown
 from ..formats.binding import cast
-from ..formats.config_fields import FieldRules
+from ..formats.config_fields import FieldRules, flag
 from ..formats.linear_adapter import LinearAdapter, PeftKind, Tensors, iter_each, require_shape
 from ..formats.lycoris import CONVOLUTIONS, IMPLEMENTED, LYCORIS_HARMLESS, LycorisScalars
 from ..formats.peft_tensors import required
@@ -24,6 +24,7 @@ from ..layout import LinearTarget
 from ..primitives.linear import Kronecker
 from ..primitives.primitive import Primitive
 
+_BOTH = "decompose_both"
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
@@ -41,6 +42,10 @@ class _Factor:
     @property
     def columns(self) -> int:
         return self.down.shape[1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.rows, self.columns)
 
     @property
     def is_smaller_whole(self) -> bool:
@@ -87,16 +92,23 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
         checkpoint.config, checkpoint.tensors, _NAMES, ((".lokr_t2", CONVOLUTIONS),)
     )
     scalars = LycorisScalars.read(checkpoint.config, len(tensors.modules))
-    modules = tuple(
-        _Module(
-            path=path,
-            left=_factor(path, parts, "lokr_w1", scalars.rank(path)),
-            right=_factor(path, parts, "lokr_w2", scalars.rank(path)),
-            scale=scalars.scale(path),
-        )
-        for path, parts in tensors.modules.items()
-    )
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    both = flag(_BOTH, checkpoint.config.get(_BOTH, False))
+    modules = tuple(_module(path, parts, scalars, both) for path, parts in tensors.modules.items())
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
+
+
+def _module(path: str, parts: Mapping[str, Tensor], scalars: LycorisScalars, both: bool) -> _Module:
+    rank = scalars.rank(path)
+    left, right = (_factor(path, parts, name, rank) for name in ("lokr_w1", "lokr_w2"))
+    for name, factor, may_be_product in (("lokr_w1", left, both), ("lokr_w2", right, True)):
+        # PEFT's rule: without it, a rank that no tensor shows would go into the scale unseen.
+        if (factor.up is not None) is not (may_be_product and 2 * rank < factor.longest):
+            raise AdapterCorrupt(
+                f"{shown(path)} has a {name} of {factor.rows} by {factor.columns} "
+                f"{'whole' if factor.up is None else 'as a product'}, which contradicts r {rank} "
+                f"and {_BOTH} {both}"
+            )
+    return _Module(path, left, right, scalars.scale(path))
 
 
 def _factor(path: str, parts: Mapping[str, Tensor], name: str, rank: int) -> _Factor:
@@ -139,11 +151,10 @@ KIND = PeftKind(
         "(lokr_t2) are refused.",
     ),
     rules=FieldRules(
-        implemented=IMPLEMENTED,
+        implemented=IMPLEMENTED | {_BOTH},
         harmless={
             **LYCORIS_HARMLESS,
             "rank_dropout_scale": "off outside training",
-            "decompose_both": "decides the tensors' shapes, which are read from them",
             "decompose_factor": "decides the tensors' shapes, which are read from them",
         },
         refused={},

@@ -58,7 +58,7 @@ def _read(checkpoint: Checkpoint) -> LoraAdapter:
         for name, tensor in checkpoint.tensors.items()
         if name not in own and not _is_of_training(name, scalars.variant)
     }
-    saved = SavedTensors.read(config, beside, _OTHERS)
+    saved = SavedTensors.read(config, beside, parts, _OTHERS)
     require_apart(parts, saved)
     # PEFT saves the weight of an adapted head as training left it: nothing is to be taken out.
     of_copies = replace(scalars, removed=None)

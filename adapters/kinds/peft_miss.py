@@ -1,8 +1,8 @@
 """MiSS (arXiv:2409.15371) as PEFT stores and computes it; see ``shard_sharing``."""
 
 from ..formats.config_fields import FieldRules
-from ..formats.linear_adapter import HARMLESS, PeftKind
-from ..formats.shard_sharing import Variant, shard_sharing_reader
+from ..formats.linear_adapter import PeftKind
+from ..formats.shard_sharing import SHARD_HARMLESS, Variant, shard_sharing_reader
 from ..kind import KindPage
 
 KIND = PeftKind(
@@ -23,7 +23,7 @@ KIND = PeftKind(
     ),
     rules=FieldRules(
         implemented=frozenset({"r", "mini_r", "init_weights", "bias", "modules_to_save"}),
-        harmless={**HARMLESS, "miss_dropout": "off outside training"},
+        harmless={**SHARD_HARMLESS, "miss_dropout": "off outside training"},
         refused={},
     ),
     read=shard_sharing_reader("miss_block", tuple(Variant)),

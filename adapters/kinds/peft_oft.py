@@ -20,7 +20,7 @@ from ..base import Base
 from ..checkpoint import Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..formats.binding import cast, embedding_site, mismatch
-from ..formats.config_fields import FieldRules, finite_number, flag, positive_int
+from ..formats.config_fields import FieldRules, count_or_zero, finite_number, flag, positive_int
 from ..formats.factors import cayley, skew_symmetric
 from ..formats.linear_adapter import HARMLESS, LinearAdapter, PeftKind, Tensors, iter_each
 from ..formats.overrides import merge
@@ -152,7 +152,7 @@ def _read(checkpoint: Checkpoint) -> ParsedOft:
             raise AdapterCorrupt(f"{shown(path)} is rotated both as embedding and as linear module")
         ((name, upper),) = parts.items()
         found[name].append(_module(path, name, upper, is_shared, parameterization, sizes))
-    linear = LinearAdapter(tuple(found[_R]), iter_each(_lower), tensors.of_base)
+    linear = LinearAdapter(tuple(found[_R]), iter_each(_lower), tensors.saved)
     return ParsedOft(linear, tuple(found[_EMBEDDING_R]))
 
 
@@ -163,15 +163,11 @@ def _sizes(config: Mapping[str, object]) -> tuple[int, int]:
             "the configuration has no 'oft_block_size': PEFT up to 0.13 saved it, and computed "
             "something else: train again with a newer PEFT"
         )
-    blocks = _count_or_zero("r", config.get("r", 0))
-    size = _count_or_zero("oft_block_size", config["oft_block_size"])
+    blocks = count_or_zero("r", config.get("r", 0))
+    size = count_or_zero("oft_block_size", config["oft_block_size"])
     if (blocks == 0) == (size == 0):
         raise AdapterCorrupt(f"r is {blocks} and oft_block_size {size}, and one has to be 0")
     return blocks, size
-
-
-def _count_or_zero(name: str, value: object) -> int:
-    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
 
 
 def _module(

@@ -91,7 +91,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     task = _task(checkpoint.options, sizes.tasks)
     tensors = Tensors.read(config, checkpoint.tensors, (_A, _B, _LOGITS))
     modules = tuple(_module(path, parts, sizes, task) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _task(options: Mapping[str, object], tasks: int) -> int:

@@ -17,8 +17,15 @@ from ..errors import AdapterCorrupt
 from ..formats.binding import cast, mismatch
 from ..formats.config_fields import positive_int
 from ..formats.linear_adapter import PeftKind
-from ..formats.overrides import override_primitives, override_shapes
-from ..formats.soft_prompt import EMBEDDINGS, Prompt, parts_of, prompt_rules, require_room
+from ..formats.overrides import override_shapes
+from ..formats.soft_prompt import (
+    EMBEDDINGS,
+    Prompt,
+    parts_of,
+    prompt_rules,
+    replaced_primitives,
+    require_room,
+)
 from ..kind import KindPage, Lowered, PrimitiveShape
 from ..layout import BaseLayout
 from ..primitives.lowered import KVPrefix
@@ -82,7 +89,7 @@ class _ParsedPrefix:
         split = rows.view(length, ours.layers, 2, ours.kv_heads, ours.head_dim)
         keys, values = split.permute(2, 1, 3, 0, 4)
         prefix = KVPrefix(keys.contiguous(), values.contiguous(), position_offset=length)
-        return Lowered(parts_of(override_primitives(base, self.replaced)), prefix)
+        return Lowered(parts_of(replaced_primitives(base, self.replaced)), prefix)
 
 
 def _read(checkpoint: Checkpoint) -> _ParsedPrefix:

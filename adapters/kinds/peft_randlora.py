@@ -116,11 +116,13 @@ class _Projections:
 def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     config = checkpoint.config
     rank = bounded_rank("r", config.get("r", 32))
-    stored, rest = _split(checkpoint.tensors)
+    stored, copied, rest = _split(checkpoint.tensors)
     tensors = Tensors.read(config, rest, (_LAMBDA, _GAMMA))
+    for path in sorted(copied - tensors.modules.keys()):
+        raise AdapterCorrupt(f"{shown(path)} has {_A} or {_B}, and no tensor of its own")
     modules = tuple(_module(path, parts, rank) for path, parts in tensors.modules.items())
     projections = _projections(config, stored, rank)
-    return LinearAdapter(modules, projections.lower, tensors.of_base, on_conv1d=True)
+    return LinearAdapter(modules, projections.lower, tensors.saved, on_conv1d=True)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], rank: int) -> _Module:
@@ -130,12 +132,15 @@ def _module(path: str, parts: Mapping[str, Tensor], rank: int) -> _Module:
     return _Module(path, lambdas, gamma)
 
 
-def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The shared matrices, and every other tensor.
+def _split(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], set[str], dict[str, Tensor]]:
+    """The shared matrices, the modules that have a copy of them, and every other tensor.
 
     PEFT 0.21.2 writes them once, and once again for every module.
     """
     rest, stored = dict(tensors), {}
+    copied: set[str] = set()
     for name in (_A, _B):
         shared = rest.pop(f"base_model.{name}", None)
         copies, rest = split_off(rest, name)
@@ -148,7 +153,8 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             if not torch.equal(copy, shared):
                 raise AdapterCorrupt(f"{shown(path)} has another {name} than base_model.{name}")
         stored[name] = shared
-    return stored, rest
+        copied |= copies.keys()
+    return stored, copied, rest
 
 
 def _projections(

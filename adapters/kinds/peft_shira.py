@@ -61,7 +61,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     modules = tuple(
         _module(path, parts, indices[path], rank) for path, parts in tensors.modules.items()
     )
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], indices: Tensor, rank: int) -> _Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..checkpoint import Checkpoint
+from ..checkpoint import INTEGER_DTYPES, Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..formats.config_fields import FieldRules, flag, positive_int
 from ..formats.linear_adapter import (
@@ -131,7 +131,7 @@ class _Reader:
     ) -> _Mixture:
         """The last weight is not stored: it is what the others leave of 1."""
         require_shape(path, name + _INDICES, indices, *sizes, self.topk)
-        if indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.dtype not in INTEGER_DTYPES:
             raise AdapterCorrupt(f"{shown(path)} has {name + _INDICES} of {indices.dtype}")
         if weights.shape != (*indices.shape[:2], self.topk - 1):
             raise AdapterCorrupt(f"{shown(path)} has {name + _WEIGHTS} of {list(weights.shape)}")
@@ -166,7 +166,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     else:
         tensors = Tensors.read(config, rest, (_A, _B), _OF_TOPK)
         modules = tuple(reader.module(path, parts) for path, parts in tensors.modules.items())
-    return LinearAdapter(modules, iter_each(_lower), tensors.of_base, on_conv1d=True)
+    return LinearAdapter(modules, iter_each(_lower), tensors.saved, on_conv1d=True)
 
 
 def _reader(config: Mapping[str, object], bank: Tensor) -> _Reader:

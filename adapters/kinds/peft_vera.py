@@ -99,7 +99,7 @@ def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
     tensors = Tensors.read(checkpoint.config, rest, (_D, _B_SCALE))
     modules = tuple(_module(path, parts, rank) for path, parts in tensors.modules.items())
     projections = _projections(checkpoint.config, names, rank)
-    return LinearAdapter(modules, projections.lower, tensors.of_base, on_conv1d=True)
+    return LinearAdapter(modules, projections.lower, tensors.saved, on_conv1d=True)
 
 
 def _module(path: str, parts: Mapping[str, Tensor], rank: int) -> _Module:

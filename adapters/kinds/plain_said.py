@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..checkpoint import FLOAT_DTYPES, Checkpoint
+from ..checkpoint import FLOAT_DTYPES, INTEGER_DTYPES, Checkpoint
 from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 from ..formats.binding import cast, mismatch
 from ..formats.fastfood import Fastfood, padded_length
@@ -32,7 +32,6 @@ MAX_NUMBERS = 1 << 27
 
 _THETA, _LAMBDA = "theta_d", "lambda"
 _MAX_SEED = 1 << 63
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +137,8 @@ def _seed(value: object) -> int:
 
 def _projection(rest: dict[str, Tensor], name: str) -> Fastfood:
     """What is stored for one tensor, if anything is stored for any."""
-    signs = _taken(rest, f"{name}.B", (*FLOAT_DTYPES, *_INTEGERS))
-    permutation = _taken(rest, f"{name}.Pi", _INTEGERS)
+    signs = _taken(rest, f"{name}.B", (*FLOAT_DTYPES, *INTEGER_DTYPES))
+    permutation = _taken(rest, f"{name}.Pi", INTEGER_DTYPES)
     gaussian = _taken(rest, f"{name}.G")
     for part, tensor in (("B", signs), ("Pi", permutation), ("G", gaussian)):
         require_shape(name, part, tensor, signs.numel())

@@ -1,5 +1,6 @@
 """The operation of ``op``: transforms by torch, the sparse product by any ``add_sparse``."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,22 +8,36 @@ from torch import Tensor
 
 from ..tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
 
+BLOCK_ROWS = 64
+"""Rows that are transformed at once: what they become stays in the caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of a batch that are transformed at once.
+
+    Attributes:
+        rows: Their places in the batch.
+        parts: Segments over their real and imaginary parts, one after the other for each row.
+    """
+
+    rows: slice | Tensor
+    parts: Segments
+
 
 @dataclass(frozen=True, slots=True)
 class _SpectralRows:
-    """The rows of a batch that are transformed, one after another.
+    """All rows of a batch that are transformed.
 
     Attributes:
-        of: What they were found for: the batch's segments, and which slots have a cell.
-        index: Their places in the batch.
-        count: How many they are.
-        twice: Segments over all their real parts, and then over all their imaginary ones.
+        segments: The batch's.
+        slots: Which slots have a cell.
+        blocks: What was found for these two.
     """
 
-    of: tuple[Segments, Tensor]
-    index: slice | Tensor
-    count: int
-    twice: Segments
+    segments: Segments
+    slots: Tensor
+    blocks: tuple[_Block, ...]
 
 
 class SpectralCorrection:
@@ -44,26 +59,25 @@ class SpectralCorrection:
         """Only rows whose adapter has a cell at one of the targets are transformed.
 
         Raises:
-            IndexError: A segment, a target, a cell or an index reaches outside its tensor.
+            IndexError: A segment, a target, a cell or an index reaches outside its tensor. Rows of
+                ``y`` may then have been changed.
         """
-        rows = self._rows(_slots_with_cells(table, targets), segments)
-        if rows.count == 0:
-            return
-        frequencies = torch.fft.ifft(_inside(x, rows).float())
-        parts = torch.cat((frequencies.real, frequencies.imag))
-        sums = torch.zeros(2 * rows.count, y.shape[1], device=y.device)
-        self._add_sparse(sums, parts, table, targets, rows.twice)
-        complex_sums = torch.complex(*sums.chunk(2))
-        for first, width in zip(targets.out_starts, targets.out_sizes, strict=True):
-            columns = slice(first, first + width)
-            delta = torch.fft.ifft(complex_sums[:, columns]).real
-            y[rows.index, columns] = (y[rows.index, columns].float() + delta).to(y.dtype)
+        for block in self._blocks(_slots_with_cells(table, targets), segments):
+            frequencies = torch.fft.ifft(_inside(x, block.rows).float())
+            parts = torch.stack((frequencies.real, frequencies.imag), dim=1).flatten(0, 1)
+            sums = torch.zeros(len(parts), y.shape[1], device=y.device)
+            self._add_sparse(sums, parts, table, targets, block.parts)
+            complex_sums = torch.complex(sums[::2], sums[1::2])
+            for first, width in zip(targets.out_starts, targets.out_sizes, strict=True):
+                columns = slice(first, first + width)
+                y[block.rows, columns] += torch.fft.ifft(complex_sums[:, columns]).real
 
-    def _rows(self, slots: Tensor, segments: Segments) -> _SpectralRows:
+    def _blocks(self, slots: Tensor, segments: Segments) -> tuple[_Block, ...]:
         latest = self._latest
-        if latest is None or latest.of[0] is not segments or not torch.equal(latest.of[1], slots):
-            latest = self._latest = _find_rows(slots, segments)
-        return latest
+        if latest is None or latest.segments is not segments or not latest.slots.equal(slots):
+            blocks = tuple(_find_blocks(slots, segments))
+            latest = self._latest = _SpectralRows(segments, slots, blocks)
+        return latest.blocks
 
 
 def _slots_with_cells(table: PrimitiveTable, targets: SiteTargets) -> Tensor:
@@ -73,7 +87,7 @@ def _slots_with_cells(table: PrimitiveTable, targets: SiteTargets) -> Tensor:
     return (table.cells[targets.first : end, :, 0] >= 0).any(0)
 
 
-def _find_rows(slots: Tensor, segments: Segments) -> _SpectralRows:
+def _find_blocks(slots: Tensor, segments: Segments) -> Iterator[_Block]:
     if bool(((segments.start < 0) | (segments.start > segments.end)).any()):
         raise IndexError("add_spectral: a segment reaches outside the batch's rows")
     found = slots[segments.adapter_slot]
@@ -81,24 +95,24 @@ def _find_rows(slots: Tensor, segments: Segments) -> _SpectralRows:
     end = length.cumsum(0, dtype=torch.int32)
     shift = torch.repeat_interleave(start - (end - length), length)
     index = torch.arange(shift.numel(), device=shift.device) + shift
-    count = index.numel()
-    twice = Segments(
-        torch.cat((end - length, end - length + count)),
-        torch.cat((end, end + count)),
-        segments.adapter_slot[found].repeat(2),
-        segments.weight[found].repeat(2),
-    )
-    return _SpectralRows((segments, slots), _as_slice(index), count, twice)
+    for first in range(0, index.numel(), BLOCK_ROWS):
+        parts = Segments(
+            2 * (end - length - first).clamp(0, BLOCK_ROWS),
+            2 * (end - first).clamp(0, BLOCK_ROWS),
+            segments.adapter_slot[found],
+            segments.weight[found],
+        )
+        yield _Block(_as_slice(index[first : first + BLOCK_ROWS]), parts)
 
 
 def _as_slice(index: Tensor) -> slice | Tensor:
     """The same rows as a slice, if they follow one another: then nothing is copied to find them."""
-    if index.numel() and bool((index.diff() == 1).all()):
+    if bool((index.diff() == 1).all()):
         return slice(int(index[0]), int(index[-1]) + 1)
     return index
 
 
-def _inside(x: Tensor, rows: _SpectralRows) -> Tensor:
-    if isinstance(rows.index, slice) and rows.index.stop > x.shape[0]:
+def _inside(x: Tensor, rows: slice | Tensor) -> Tensor:
+    if isinstance(rows, slice) and rows.stop > x.shape[0]:
         raise IndexError("add_spectral: a segment reaches outside the batch's rows")
-    return x[rows.index]
+    return x[rows]

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 from time import time
 from uuid import uuid4
 
+from ..composition import Composable, check_room
+from ..engine.messages import EngineInfo
 from ..generation import GenerationRequest, TokenLogprobs
+from ..scheduler.limits import longest_sequence
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
 from .logprobs import prompt_tokens
@@ -51,13 +54,31 @@ def check_adapters(body: GenerationBody, state: AppState) -> None:
 
     Raises:
         RegistryError: As ``AdapterRegistry.select``.
-        CompositionRefused: The adapters cannot be combined.
+        CompositionRefused: The adapters cannot be combined, or take too much together.
+        EngineUnavailable: The engine is down.
     """
-    state.registry.select(_choice(body))
+    adapters = _composables(_choice(body), state)
+    if adapters:
+        check_room(adapters, state.require_info().adapter_room)
 
 
 def _choice(body: GenerationBody) -> ModelChoice:
     return ModelChoice(body.model, tuple((each.name, each.weight) for each in body.adapters))
+
+
+def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
+    selected = state.registry.select(chosen)
+    return [entry.info.composable for entry, _ in selected if entry.info is not None]
+
+
+def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo) -> int:
+    return longest_sequence(
+        info.max_model_len,
+        info.num_blocks,
+        info.block_size,
+        sum(each.prefix_length for each in adapters),
+        sum(each.prefix_length for each in adapters if each.shifts_positions),
+    )
 
 
 def make_job(
@@ -74,11 +95,7 @@ def make_job(
     """
     info = state.require_info()
     chosen = _choice(body)
-    max_len = info.max_model_len - sum(
-        entry.info.composable.prefix_length
-        for entry, _ in state.registry.select(chosen)
-        if entry.info is not None
-    )
+    max_len = _longest_sequence(_composables(chosen, state), info)
     check_token_ids(body, info)
     # A tokenizer may name end tokens that the model was not made with and cannot choose.
     end_token_ids = tuple(end for end in state.tokenizer.end_token_ids if end < info.vocab_size)

@@ -8,14 +8,15 @@ from ...adapters.device.pool import AdapterPool
 from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterTooLarge
 from ...adapters.lower import lower
-from ...adapters.primitives.lowered import LoweredAdapter
+from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
+from ..composition import Room
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager
-from ..scheduler.limits import SchedulerLimits
+from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
 from .config import ADAPTER_SHARE, EngineConfig
 from .core import Engine
@@ -40,22 +41,24 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     decoder = base.decoder
     limits, num_blocks = _limits(config, decoder)
 
+    num_slots = _ADAPTER_SLOTS_PER_SEQUENCE * config.max_num_seqs
     pool = AdapterPool(
         decoder.layout,
-        num_slots=_ADAPTER_SLOTS_PER_SEQUENCE * config.max_num_seqs,
+        num_slots=num_slots,
         capacity_bytes=int(config.memory_budget * ADAPTER_SHARE),
         dtype=dtype,
         device=device,
     )
-    host = HostTier(_lowering(base, pool, config), config.host_memory_budget)
-    residency = Residency(pool, host.lowered)
     blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
     kv_cache = decoder.new_kv_cache(num_blocks, config.block_size)
+    lowering = _lowering(base, pool, blocks, limits.max_model_len, config.host_memory_budget)
+    host = HostTier(lowering, config.host_memory_budget)
+    residency = Residency(pool, host.lowered)
     runner = Runner(decoder, kv_cache, pool, backend.deltas, residency.place, host.lowered)
-    engine = Engine(
-        Scheduler(limits, blocks, residency), blocks, runner, host, residency, decoder.layout
-    )
-    return engine, host, _info(config, decoder, backend, dtype, limits, num_blocks)
+    room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
+    scheduler = Scheduler(limits, blocks, residency)
+    engine = Engine(scheduler, blocks, runner, host, residency, decoder.layout, room)
+    return engine, host, _info(config, decoder, backend, limits, num_blocks, room)
 
 
 def _backend(name: str, dtype: torch.dtype) -> Backend:
@@ -80,9 +83,16 @@ def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, in
     return limits, num_blocks
 
 
-def _lowering(base: ServedBase, pool: AdapterPool, config: EngineConfig) -> Lower:
-    """How the host tier reads an adapter for this base, this pool and these budgets."""
-    max_bytes = min(pool.capacity_bytes, config.host_memory_budget)
+def _lowering(
+    base: ServedBase,
+    pool: AdapterPool,
+    blocks: BlockManager,
+    max_model_len: int,
+    host_memory_budget: int,
+) -> Lower:
+    """How the host tier reads an adapter for this base, what it has room for, and its limits."""
+    cache_bytes = blocks.num_tokens * base.decoder.kv_bytes_per_token
+    max_bytes = min(pool.capacity_bytes + cache_bytes, host_memory_budget)
 
     def lower_to_fit(path: Path) -> LoweredAdapter:
         adapter = lower(path, base, max_bytes)
@@ -91,22 +101,37 @@ def _lowering(base: ServedBase, pool: AdapterPool, config: EngineConfig) -> Lowe
                 f"the adapter at {path} needs {adapter.num_device_bytes} bytes on the device, more "
                 f"than the adapters' share of --memory-budget; raise it"
             )
+        if adapter.prefix is not None:
+            _require_room_for_prefix(adapter.prefix, blocks, max_model_len)
         return adapter
 
     return lower_to_fit
+
+
+def _require_room_for_prefix(prefix: KVPrefix, blocks: BlockManager, max_model_len: int) -> None:
+    longest = longest_sequence(
+        max_model_len, blocks.num_blocks, blocks.block_size, prefix.length, prefix.position_offset
+    )
+    if longest < 2:
+        raise AdapterTooLarge(
+            f"the adapter puts {prefix.length} keys and values before each request, which leaves no"
+            f" room for a prompt and an answer: a sequence has at most {max_model_len} positions"
+            f" and the KV cache {blocks.num_blocks} blocks of {blocks.block_size}; serve with a"
+            " larger --max-model-len or --memory-budget"
+        )
 
 
 def _info(
     config: EngineConfig,
     decoder: Decoder,
     backend: Backend,
-    dtype: torch.dtype,
     limits: SchedulerLimits,
     num_blocks: int,
+    adapter_room: Room,
 ) -> EngineInfo:
     return EngineInfo(
         model_type=decoder.config.model_type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(decoder.tokens.weight.dtype).removeprefix("torch."),
         device=config.device,
         kernels=backend.name,
         vocab_size=limits.vocab_size,
@@ -114,7 +139,8 @@ def _info(
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=limits.max_num_seqs,
-        adapter_slots=_ADAPTER_SLOTS_PER_SEQUENCE * limits.max_num_seqs,
+        adapter_slots=adapter_room.parts,
+        adapter_room=adapter_room,
     )
 
 

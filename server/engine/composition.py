@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from ...adapters.layout import BaseLayout
 from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter, Part
-from ..composition import Composable, CompositionRefused, check_composition
+from ...adapters.scope import Span
+from ..composition import Composable, CompositionRefused, Room, check_composition
 from ..generation import AdapterWeight, GenerationRequest
 from ..scheduler.errors import SequenceRefused
 from ..scheduler.sequence import Activation, AdapterUse, Prefix, Salt
@@ -21,6 +22,7 @@ def composable(adapter: LoweredAdapter) -> Composable:
         prefix_length=0 if prefix is None else prefix.length,
         shifts_positions=prefix is not None and bool(prefix.position_offset),
         prefix_layers=None if prefix is None else prefix.layers,
+        takes=Room(adapter.num_bytes, adapter.num_device_bytes, len(adapter.parts)),
     )
 
 
@@ -49,7 +51,7 @@ def use_adapters(
                 Activation(choice.adapter_id, index, span.start, span.end, choice.weight)
             )
             if _changes_kv(part, layout):
-                salts.append(Salt(span.start, _salt(choice, adapter, index, span.key)))
+                salts.append(Salt(span.start, _salt(choice, adapter, index, span)))
     prefix = _prefix(chosen)
     if prefix is not None:
         salts.append(Salt(0, prefix.name))
@@ -104,8 +106,10 @@ def _changes_kv(part: Part, layout: BaseLayout) -> bool:
     return any(primitive.path not in behind for primitive in part.primitives)
 
 
-def _salt(choice: AdapterWeight, adapter: LoweredAdapter, part: int, key: bytes) -> bytes:
-    return f"{adapter.digest}/{part}/{choice.weight!r}/".encode() + key
+def _salt(choice: AdapterWeight, adapter: LoweredAdapter, part: int, span: Span) -> bytes:
+    # The start too: one block may hold two places where the span could begin, an invocation in the
+    # prompt and the same tokens in the output.
+    return f"{adapter.digest}/{part}/{choice.weight!r}/{span.start}/".encode() + span.key
 
 
 def _called(adapter: LoweredAdapter) -> str:

@@ -1,5 +1,11 @@
-"""The engine: takes commands between steps, runs one step at a time, reports what it did."""
+"""The engine: takes commands between steps, runs one step at a time, reports what it did.
 
+A request starts when all its adapters are in host memory. One with several would keep those that
+are there while it waits for the others, and two of them could wait for each other for ever: so
+requests of several adapters gather them in turns.
+"""
+
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +14,7 @@ from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterError
 from ...adapters.layout import BaseLayout
 from ...adapters.primitives.lowered import LoweredAdapter
+from ..composition import Composable, CompositionRefused, Room, check_room
 from ..generation import FinishReason, GenerationRequest, SequenceUpdate
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager
@@ -36,26 +43,28 @@ class _Registration:
     """A registered adapter.
 
     Attributes:
-        announced: Whether its first load has been answered.
+        composable: What it is beside others; None until its first load has been answered.
         unloading: Whether it goes as soon as no request holds it.
         waiting: Ids of the requests that wait for it to be in host memory.
     """
 
-    announced: bool = False
+    composable: Composable | None = None
     unloading: bool = False
     waiting: set[str] = field(default_factory=set)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Live:
     """A request that has not ended.
 
     Attributes:
         request: What was asked for.
-        missing: Its adapters that are not in host memory yet.
+        holding: Whether it keeps its adapters in host memory, or has them loaded.
+        missing: Of these, the ones that are not there yet.
     """
 
     request: GenerationRequest
+    holding: bool = False
     missing: set[int] = field(default_factory=set)
 
 
@@ -70,9 +79,11 @@ class Engine:
         host: HostTier,
         residency: Residency[LoweredAdapter, Placement],
         layout: BaseLayout,
+        adapter_room: Room,
     ) -> None:
         """Drive these parts of the base of ``layout``; nothing else may touch them."""
         self._layout = layout
+        self._adapter_room = adapter_room
         self._scheduler = scheduler
         self._blocks = blocks
         self._runner = runner
@@ -80,6 +91,8 @@ class Engine:
         self._residency = residency
         self._registrations: dict[int, _Registration] = {}
         self._live: dict[str, _Live] = {}
+        self._gathering: deque[_Live] = deque()
+        """Requests of several adapters that lack some; only the first of them holds the others."""
         self._events: list[Event] = []
         self._updates: list[SequenceUpdate] = []
         self._arrivals = 0
@@ -106,12 +119,14 @@ class Engine:
                 self._host.register(command.adapter_id, Path(command.path), command.digest)
             case UnloadAdapter():
                 self._unload(command.adapter_id)
+        self._gather()
 
     def take_loads(self) -> None:
         """Take in the loads that ended in the background."""
         for result in self._host.completed():
             self._end_load(result)
             self._stats_stale = True
+        self._gather()
 
     def step(self) -> None:
         """Compute one step for the sequences the scheduler chooses."""
@@ -144,20 +159,49 @@ class Engine:
         return events
 
     def _submit(self, request: GenerationRequest) -> None:
-        if not all(self._is_served(each.adapter_id) for each in request.adapters):
-            self._updates.append(_failed(request.request_id, "the adapter is not loaded"))
-            return
         live = self._live[request.request_id] = _Live(request)
+        ready = all(self._host.is_ready(each.adapter_id) for each in request.adapters)
+        if ready or len(request.adapters) == 1:
+            self._hold(live)
+        else:
+            self._gathering.append(live)
+
+    def _gather(self) -> None:
+        """Give the next request its turn, if the one before has all its adapters."""
+        while self._gathering and not self._gathering[0].missing:
+            live = self._gathering[0]
+            if live.holding:
+                self._gathering.popleft()
+            else:
+                self._hold(live)
+
+    def _hold(self, live: _Live) -> None:
+        """Keep the request's adapters in host memory, and start it if all are there."""
+        request = live.request
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._report(_failed(request.request_id, refusal))
+            return
+        live.holding = True
+        several = len(request.adapters) > 1
         for each in request.adapters:
-            if not self._host.hold(each.adapter_id):
+            if not self._host.hold(each.adapter_id, first=several):
                 live.missing.add(each.adapter_id)
                 self._registrations[each.adapter_id].waiting.add(request.request_id)
         if not live.missing:
             self._start(request)
 
-    def _is_served(self, adapter_id: int) -> bool:
-        registration = self._registrations.get(adapter_id)
-        return registration is not None and not registration.unloading
+    def _refusal(self, request: GenerationRequest) -> str | None:
+        """Why its adapters cannot be had; None if they can."""
+        found = [self._registrations.get(each.adapter_id) for each in request.adapters]
+        if any(each is None or each.unloading for each in found):
+            return "the adapter is not loaded"
+        known = [each.composable for each in found if each is not None]
+        try:
+            check_room([each for each in known if each is not None], self._adapter_room)
+        except CompositionRefused as error:
+            return str(error)
+        return None
 
     def _start(self, request: GenerationRequest) -> None:
         self._arrivals += 1
@@ -181,6 +225,10 @@ class Engine:
 
     def _forget(self, request_id: str) -> None:
         live = self._live.pop(request_id)
+        if live in self._gathering:
+            self._gathering.remove(live)
+        if not live.holding:
+            return
         for adapter_id in live.missing:
             self._registrations[adapter_id].waiting.discard(request_id)
         for each in live.request.adapters:
@@ -192,9 +240,10 @@ class Engine:
         waiting = [self._live[request_id] for request_id in sorted(registration.waiting)]
         registration.waiting.clear()
         if isinstance(result.outcome, LoweredAdapter):
-            if not registration.announced:
-                self._events.append(AdapterLoaded(result.adapter_id, _info(result.outcome)))
-            registration.announced = True
+            if registration.composable is None:
+                info = _info(result.outcome)
+                self._events.append(AdapterLoaded(result.adapter_id, info))
+                registration.composable = info.composable
             for live in waiting:
                 live.missing.discard(result.adapter_id)
                 if not live.missing:
@@ -203,7 +252,7 @@ class Engine:
             for live in waiting:
                 reason = f"its adapter could not be loaded: {result.outcome}"
                 self._report(_failed(live.request.request_id, reason))
-            if not (registration.announced or registration.unloading):
+            if registration.composable is None and not registration.unloading:
                 self._refuse(result.adapter_id, result.outcome)
 
     def _refuse(self, adapter_id: int, error: AdapterError) -> None:

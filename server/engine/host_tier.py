@@ -63,16 +63,17 @@ class HostTier:
         self._sources[adapter_id] = _Source(path, digest)
         self._ask_for(adapter_id)
 
-    def hold(self, adapter_id: int) -> bool:
+    def hold(self, adapter_id: int, first: bool = False) -> bool:
         """Keep the adapter in host memory for one more request; True if it is ready now.
 
-        Where it is not, it will be loaded, and ``completed`` will tell.
+        Where it is not, it will be loaded, ``first`` before all others that wait to be, and
+        ``completed`` will tell.
         """
         self._holders[adapter_id] += 1
         if adapter_id in self._ready:
             self._ready.move_to_end(adapter_id)
             return True
-        self._ask_for(adapter_id)
+        self._ask_for(adapter_id, first)
         return False
 
     def release(self, adapter_id: int) -> None:
@@ -82,6 +83,10 @@ class HostTier:
             del self._holders[adapter_id]
             self._make_room()
             self._start_loads()
+
+    def is_ready(self, adapter_id: int) -> bool:
+        """Whether the adapter is in host memory."""
+        return adapter_id in self._ready
 
     def is_held(self, adapter_id: int) -> bool:
         """Whether any request holds the adapter."""
@@ -146,10 +151,16 @@ class HostTier:
             )
         return None
 
-    def _ask_for(self, adapter_id: int) -> None:
-        if adapter_id not in self._loading and adapter_id not in self._pending:
+    def _ask_for(self, adapter_id: int, first: bool = False) -> None:
+        if adapter_id in self._loading:
+            return
+        if first:
+            if adapter_id in self._pending:
+                self._pending.remove(adapter_id)
+            self._pending.appendleft(adapter_id)
+        elif adapter_id not in self._pending:
             self._pending.append(adapter_id)
-            self._start_loads()
+        self._start_loads()
 
     def _start_loads(self) -> None:
         """Hand pending loads to the loader, in order, while what is held leaves room for them."""

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from ..composition import Composable
+from ..composition import Composable, Room
 from ..generation import GenerationRequest, SequenceUpdate
 
 
@@ -43,7 +43,7 @@ Command = Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
-    """The engine is ready; what it runs."""
+    """The engine is ready; what it runs, and the room that a request's adapters have in it."""
 
     model_type: str
     dtype: str
@@ -55,6 +55,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     block_size: int
     max_num_seqs: int
     adapter_slots: int
+    adapter_room: Room
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

@@ -6,11 +6,11 @@ from typing import Protocol
 class AdapterSlots(Protocol):
     """Reference-counted residency of adapters on the device."""
 
-    def acquire(self, adapter_id: int) -> bool:
-        """Hold the adapter on the device for one more sequence.
+    def acquire(self, *adapter_ids: int) -> bool:
+        """Hold all these adapters on the device for one more sequence, or none of them.
 
         Makes room by dropping the least recently used adapters that no sequence holds. False, with
-        nothing changed, where even that is not enough.
+        nothing held, where even that is not enough.
         """
         ...
 

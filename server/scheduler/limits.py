@@ -46,3 +46,23 @@ class SchedulerLimits:
             raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
         if self.max_overtakes < 0:
             raise ValueError(f"max_overtakes must not be negative, but is {self.max_overtakes}")
+
+
+def longest_sequence(
+    max_model_len: int,
+    num_blocks: int,
+    block_size: int,
+    prefix_length: int = 0,
+    position_offset: int = 0,
+) -> int:
+    """Tokens of one sequence at most, prompt and output: what model and cache hold.
+
+    Args:
+        max_model_len: Positions of the model that are served.
+        num_blocks: Blocks of the cache.
+        block_size: Tokens of a block.
+        prefix_length: Keys that the sequence's adapters put before it, in blocks of their own.
+        position_offset: What these add to the position of each of its tokens.
+    """
+    blocks = num_blocks - -(-prefix_length // block_size)
+    return min(max_model_len - position_offset, blocks * block_size)

@@ -13,7 +13,7 @@ from ..generation import SequenceUpdate
 from .adapter_slots import AdapterSlots
 from .block_manager import BlockManager
 from .errors import AccountingError, SequenceRefused, SequenceTooLong
-from .limits import SchedulerLimits
+from .limits import SchedulerLimits, longest_sequence
 from .outcome import failed, outcome
 from .plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
 from .sequence import Sequence
@@ -22,7 +22,7 @@ from .waiting import WaitingQueue
 _order = attrgetter("order")
 
 _NO_SLOT = (
-    "the adapter gets no room on the device even while no other is in use: serve with a larger"
+    "its adapters get no room on the device even while no other is in use: serve with a larger"
     " --memory-budget"
 )
 
@@ -74,15 +74,19 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
-        self._refused: set[int] = set()
-        """Adapters that got no slot; nothing can have changed until some sequence releases one."""
+        self._refused: set[tuple[int, ...]] = set()
+        """What got no room; nothing can have changed until some sequence releases an adapter."""
 
     def max_tokens_that_fit(self, sequence: Sequence) -> int:
         """Tokens of the sequence at most: what model and cache can hold beside its prefix."""
         prefix, blocks = sequence.adapters.prefix, self._blocks
-        positions = 0 if prefix is None else prefix.length
-        slots = blocks.num_prefix_blocks(sequence) * blocks.block_size
-        return min(self.limits.max_model_len - positions, blocks.num_tokens - slots)
+        return longest_sequence(
+            self.limits.max_model_len,
+            blocks.num_blocks,
+            blocks.block_size,
+            0 if prefix is None else prefix.length,
+            sequence.position_offset,
+        )
 
     @property
     def num_running(self) -> int:
@@ -240,18 +244,18 @@ class Scheduler:
         coming = self._coming(step)
         while self._has_room(step) and position < len(self._waiting):
             sequence = self._waiting[position]
-            if self._refused.isdisjoint(sequence.adapters.adapter_ids):
+            adapter_ids = sequence.adapters.adapter_ids
+            if adapter_ids not in self._refused:
                 cached = self._blocks.find_cached(sequence, sequence.cache_limit, coming)
                 if not self._fits(sequence, cached):
                     break
-                refused = self._acquire_adapters(sequence)
-                if refused is None:
+                if self._adapters.acquire(*adapter_ids):
                     self._start(self._waiting.pop(position), cached, step)
                     item = step.put(sequence)
                     coming |= self._blocks.filled(sequence, item.start, item.end)
                     overtaken = position
                     continue
-                self._refused.add(refused)
+                self._refused.add(adapter_ids)
             if not self._running:
                 del self._sequences[self._waiting.pop(position).request.request_id]
                 step.unservable.append(sequence)
@@ -276,17 +280,6 @@ class Scheduler:
         # One spare block for every running sequence, or its next tokens would preempt this one.
         spare = len(self._running)
         return self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
-
-    def _acquire_adapters(self, sequence: Sequence) -> int | None:
-        """Hold all its adapters on the device, or none of them: then the one that has no room."""
-        held: list[int] = []
-        for adapter_id in sequence.adapters.adapter_ids:
-            if not self._adapters.acquire(adapter_id):
-                for other in held:
-                    self._adapters.release(other)
-                return adapter_id
-            held.append(adapter_id)
-        return None
 
     def _start(self, sequence: Sequence, cached: list[int], step: _Step) -> None:
         load = self._blocks.allocate(sequence, cached, len(sequence.token_ids))

@@ -23,7 +23,6 @@ from deltamux.kernels.bottleneck.op import Activation, Source
 from deltamux.server.model.base import ServedBase, load_base
 
 from .adapterhub_folders import (
-    GOLDEN,
     checkpoint_of,
     folder,
     lower_checkpoint,
@@ -195,7 +194,7 @@ def test_an_orthogonal_projection_is_torchs(rank: int, base: Callable[[str], Ser
 def test_an_invertible_adapter_is_an_embedding_of_its_own(
     base: Callable[[str], ServedBase],
 ) -> None:
-    path, served = GOLDEN / "adapterhub_refused" / "invertible_nice", base("llama")
+    path, served = folder("llama/seq_bn_inv"), base("llama")
     saved = checkpoint_of(path)
     found = lower_checkpoint(saved, path, served)
     (part,) = found.parts
@@ -216,7 +215,7 @@ def test_an_invertible_adapter_is_an_embedding_of_its_own(
 
 
 def test_mtl_lora_is_one_lora_per_task(base: Callable[[str], ServedBase]) -> None:
-    path, served = GOLDEN / "adapterhub_refused" / "mtl_lora", base("llama")
+    path, served = folder("llama/mtl_lora"), base("llama")
     saved = checkpoint_of(path)
     found = lower_checkpoint(saved, path, served)
     check_order(found)

@@ -243,7 +243,7 @@ def add_diagonals(tensors):
         ("use_bdlora", {**BLOCKS, "nblocks": 10**12}),
         ("use_bdlora", {**BLOCKS, "target_modules_bd_b": ["q_proj"]}),
         ("use_bdlora", {**BLOCKS, "target_modules_bd_b": [1]}),
-        ("use_bdlora", {**BLOCKS, "target_modules_bd_b": ["x"] * 300}),
+        ("use_bdlora", {**BLOCKS, "target_modules_bd_b": ["x"] * 1025}),
         ("use_bdlora", {**BLOCKS, "sparkle": 2}),
         ("alora_invocation_tokens", "text"),
         ("alora_invocation_tokens", [1, -1]),
@@ -414,6 +414,7 @@ class TestTensorsBeside:
     def test_a_module_that_the_base_has_not(self, tiny, save_lora):
         folder = save_lora("llama", target_modules=["q_proj"], modules_to_save=["norm"])
         edit_tensors(folder, put("base_model.model.score.weight", torch.ones(2, 64)))
+        edit_config(folder, modules_to_save=["norm", "score"])
         error = refusal(folder, tiny("llama"))
         assert isinstance(error, AdapterMismatch)
         assert "score" in str(error)

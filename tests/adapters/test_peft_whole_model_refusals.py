@@ -149,7 +149,7 @@ BAD_TENSORS: list[tuple[str, Change, type[Exception], str]] = [
     ("ia3", put(K_PROJ, lambda t: t[:1]), AdapterCorrupt, r"ia3_l of \[1, 1\]"),
     ("ia3", put(K_PROJ, lambda t: t[:0]), AdapterCorrupt, r"ia3_l of \[0, 1\]"),
     ("ia3", put(K_PROJ, lambda t: t[:31]), AdapterMismatch, "gives 31 features there, 32 here"),
-    ("ia3", put(K_PROJ, lambda t: t.T), AdapterMismatch, "reads 32 features there, 64 here"),
+    ("ia3", put(K_PROJ, lambda t: t.T), AdapterCorrupt, "ia3_l of its input, and"),
     ("ia3", put(K_PROJ, lambda t: t.to(torch.int64)), AdapterUnsupported, "not a float"),
     (
         "ia3",

@@ -278,8 +278,8 @@ def test_a_task_must_be_named_where_there_are_several(load: Load) -> None:
         ("oft", "q_proj.oft_r.default", "0.15.2"),
         ("vera", "q_proj.base_layer.bias", "'bias' is 'none'"),
         ("hra", "embed_tokens.token_adapter.trainable_tokens_delta", "rows of the embedding"),
-        ("boft", "norm.weight", "modules_to_save is empty"),
-        ("miss", "q_proj.lora_A.weight", "modules_to_save is empty"),
+        ("boft", "norm.weight", "modules_to_save does not name"),
+        ("miss", "q_proj.lora_A.weight", "modules_to_save does not name"),
         ("c3a, pattern", "q_proj.something", "not one that PEFT gives"),
     ],
 )
@@ -305,7 +305,7 @@ def test_a_tensor_of_no_module_is_a_mismatch(load: Load) -> None:
         f"{PREFIX}model.layers.0.self_attn.lora_A.weight", torch.randn(4, 4)
     )
     with pytest.raises(AdapterMismatch, match="lora_A"):
-        saved.lower(tensors=tensors, modules_to_save=["x"])
+        saved.lower(tensors=tensors, modules_to_save=["self_attn"])
 
 
 @pytest.mark.parametrize("name", ["loha", "loha, too wide", "hra", "miss, bat", "oft", "boft"])

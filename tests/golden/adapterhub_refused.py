@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.composition import Fuse, Stack
-from adapters.configuration import MTLLoRAConfig
 from adapters.wrappers.interfaces import CUSTOM_INTERFACES
 from transformers import PreTrainedModel
 
@@ -84,7 +83,6 @@ REFUSED = (
     one("gated_ia3", IA3Config(use_gating=True), "qwen2"),
     one("gated_prefix", SMALL_PREFIX.replace(use_gating=True, shared_gating=False)),
     one("gated_union", ConfigUnion(SeqBnConfig(**SMALL), LoRAConfig(r=2, use_gating=True))),
-    one("invertible_nice", SeqBnInvConfig(**SMALL, inv_adapter_reduction_factor=8)),
     one(
         "invertible_nice_interface",
         SeqBnInvConfig(**SMALL, inv_adapter_reduction_factor=8),
@@ -94,7 +92,6 @@ REFUSED = (
         "invertible_glow",
         SeqBnConfig(**SMALL, inv_adapter="glow", inv_adapter_reduction_factor=8),
     ),
-    one("mtl_lora", MTLLoRAConfig(r=2, n_up_projection=2)),
     one("post_add_residual", SeqBnConfig(**SMALL, residual_before_ln="post_add")),
     one("vera_of_c_attn", VeraConfig(r=2, attn_matrices=["v"], leave_out=[0]), "gpt2"),
     one("prompt_tuning", PromptTuningConfig(prompt_length=4), "qwen2_prompt_tuning"),

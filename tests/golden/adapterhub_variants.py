@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adapters.configuration import DvoRAConfig
+from adapters.configuration import DvoRAConfig, MTLLoRAConfig
 
 from adapters import (
     AdapterConfig,
@@ -15,6 +15,7 @@ from adapters import (
     DiReftConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
+    DoubleSeqBnInvConfig,
     IA3Config,
     LoRAConfig,
     LoReftConfig,
@@ -23,6 +24,7 @@ from adapters import (
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
+    SeqBnInvConfig,
     VeraConfig,
 )
 
@@ -209,6 +211,36 @@ BOTTLENECK = (
     ),
 )
 
+INVERTIBLE = (
+    Variant(
+        "seq_bn_inv",
+        SeqBnInvConfig(reduction_factor=16, inv_adapter_reduction_factor=8),
+        ("llama",),
+    ),
+    Variant(
+        "double_seq_bn_inv",
+        DoubleSeqBnInvConfig(reduction_factor=16, inv_adapter_reduction_factor=3.5),
+        ("llama",),
+    ),
+    Variant(
+        "compacter_inv",
+        CompacterPlusPlusConfig(
+            reduction_factor=8, inv_adapter="nice", inv_adapter_reduction_factor=4
+        ),
+        ("llama",),
+    ),
+    Variant(
+        "union_inv",
+        ConfigUnion(
+            LoRAConfig(r=2, alpha=4),
+            SeqBnInvConfig(
+                reduction_factor=16, inv_adapter_reduction_factor=8, non_linearity="tanh"
+            ),
+        ),
+        ("llama",),
+    ),
+)
+
 PREFIXES = (
     Variant("prefix_mlp", PREFIX, NATIVE, NO_PREFIX),
     Variant("prefix_flat", PrefixTuningConfig(flat=True, prefix_length=3), NATIVE, NO_PREFIX),
@@ -298,6 +330,22 @@ LORAS = (
         ("gpt2", "qwen2"),
     ),
     Variant("dvora", DvoRAConfig(r=4, alpha=8, attn_matrices=["q"]), ("llama", "qwen2")),
+    Variant(
+        "mtl_lora",
+        MTLLoRAConfig(r=4, alpha=8, n_up_projection=3),
+        ("llama",),
+        {**cannot(("gpt2",), RuntimeError), **cannot(HOOKED, ValueError)},
+    ),
+    Variant(
+        "mtl_lora_every_matrix",
+        MTLLoRAConfig(r=3, alpha=5, n_up_projection=2, weights_sharpness=0.4, **EVERY_MATRIX),
+        ("llama",),
+    ),
+    Variant(
+        "mtl_lora_mlp",
+        MTLLoRAConfig(r=3, n_up_projection=1, selfattn_lora=False, output_lora=True),
+        ("gpt2",),
+    ),
     Variant("ia3", IA3Config()),
     Variant("ia3_alpha", IA3Config(alpha=1.25, output_lora=True)),
     Variant("ia3_q", IA3Config(attn_matrices=["q"], intermediate_lora=False), ("llama", "gpt2")),
@@ -421,4 +469,4 @@ DEMOS = (
     ),
 )
 
-VARIANTS = BOTTLENECK + PREFIXES + UNIONS + LORAS + REFTS + DEMOS
+VARIANTS = BOTTLENECK + INVERTIBLE + PREFIXES + UNIONS + LORAS + REFTS + DEMOS

@@ -17,7 +17,7 @@ from deltamux.adapters.errors import AdapterError
 from deltamux.server.api.app import create_app
 from deltamux.server.api.registry import AdapterRegistry
 from deltamux.server.api.state import AppState, Limits
-from deltamux.server.composition import Composable
+from deltamux.server.composition import Composable, Room
 from deltamux.server.engine.errors import QueueFull
 from deltamux.server.engine.messages import AdapterInfo, EngineInfo, EngineStats
 from deltamux.server.generation import (
@@ -91,6 +91,7 @@ class FakeEngine:
             block_size=16,
             max_num_seqs=8,
             adapter_slots=4,
+            adapter_room=Room(host_bytes=1 << 20, device_bytes=1 << 20, parts=4),
         )
         self.stats: EngineStats | None = EngineStats(2, 1, 32, 128, 7, 10, 4, 1, [1])
 

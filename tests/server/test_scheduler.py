@@ -31,11 +31,11 @@ class CountedSlots:
         self.held = Counter()
         self.asked = Counter()
 
-    def acquire(self, adapter_id):
-        self.asked[adapter_id] += 1
-        if adapter_id not in self.held and len(self.held) >= self.room:
+    def acquire(self, *adapter_ids):
+        self.asked.update(adapter_ids)
+        if len({*self.held, *adapter_ids}) > self.room:
             return False
-        self.held[adapter_id] += 1
+        self.held.update(adapter_ids)
         return True
 
     def release(self, adapter_id):

@@ -54,18 +54,17 @@ class FakeSlots:
         self.held = Counter()
         self.resident = OrderedDict()
 
-    def acquire(self, adapter_id):
-        used = sum(self.resident.values())
-        idle = [a for a in self.resident if not self.held[a]]
-        if adapter_id not in self.resident:
-            need = used + ADAPTER_SIZES[adapter_id] - POOL
-            if need > sum(self.resident[a] for a in idle):
-                return False
-            while need > 0:
-                need -= self.resident.pop(idle.pop(0))
-            self.resident[adapter_id] = ADAPTER_SIZES[adapter_id]
-        self.resident.move_to_end(adapter_id)
-        self.held[adapter_id] += 1
+    def acquire(self, *adapter_ids):
+        kept = {*+self.held, *adapter_ids}
+        if sum(ADAPTER_SIZES[a] for a in kept) > POOL:
+            return False
+        idle = [a for a in self.resident if a not in kept]
+        self.resident.update((a, ADAPTER_SIZES[a]) for a in adapter_ids)
+        while sum(self.resident.values()) > POOL:
+            del self.resident[idle.pop(0)]
+        for adapter_id in adapter_ids:
+            self.resident.move_to_end(adapter_id)
+        self.held.update(adapter_ids)
         return True
 
     def release(self, adapter_id):

@@ -1,0 +1,290 @@
+"""Times what each kind of adapter adds to a step of the engine, on the demo base in one process.
+
+    python benchmarks/kinds.py [--threads N] [--rounds N] [--only KIND ...] [--seed N]
+
+Measured are
+
+- a decode step of 16 rows: of the bare base, of 16 different adapters of each kind, and of a mixed
+  batch with one row of every kind and the rest of the base,
+- the step that computes a prompt of 512 tokens of one adapter,
+- how long it takes to read and lower an adapter, and what it takes on the device.
+
+Every round measures everything once, so that a machine whose speed drifts slows all alike. Reported
+are medians over the rounds, with their quartiles, and the median of each round's ratio to the bare
+base in the same round, which drifts less. Adapters are random, 16 of a kind from one seed; PEFT
+makes its own (``pip install peft``). The last line is one JSON object; the load average in it tells
+whether the machine did something else at the time.
+"""
+
+import argparse
+import json
+import os
+import random
+import select
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from kind_adapters import SOURCES, KindSource
+from machine import describe_machine, describe_versions
+from transformers import AutoModelForCausalLM
+
+from deltamux.server.config import default_state_dir
+from deltamux.server.engine.build import build_engine
+from deltamux.server.engine.config import EngineConfig
+from deltamux.server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Submit
+from deltamux.server.generation import AdapterWeight, GenerationRequest, SamplingParams
+from deltamux.server.model.source import resolve_model
+
+BASE, MIXED = "base", "mixed"
+TOKEN_IDS = range(1000, 30000)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured."""
+
+    model: str
+    dtype: str
+    rows: int
+    context_tokens: int
+    decode_steps: int
+    prefill_tokens: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The adapters of one kind in the engine.
+
+    Attributes:
+        ids: Theirs.
+        lower_seconds: Median, of reading the files, checking and lowering.
+        device_bytes: Of one in the adapter pool.
+        prefix_bytes: Of one's keys and values in the cache.
+        parameters: Numbers of one, prefix included.
+        primitives: Their types.
+    """
+
+    ids: list[int]
+    lower_seconds: float
+    device_bytes: int
+    prefix_bytes: int
+    parameters: int
+    primitives: list[str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of milliseconds, and the median ratio to the base of the same round."""
+
+    median: float
+    quartiles: tuple[float, float]
+    over_base: float
+
+
+class BenchedEngine:
+    """The parts of an engine in this process, stepped by hand."""
+
+    def __init__(self, workload: Workload, state_dir: Path) -> None:
+        """Load the base."""
+        self.model = resolve_model(workload.model, state_dir)
+        self._engine, self._host, _ = build_engine(
+            EngineConfig(
+                model_folder=str(self.model),
+                dtype=workload.dtype,
+                device="cpu",
+                kernels="compiled",
+                max_model_len=None,
+                max_num_seqs=workload.rows,
+                max_num_batched_tokens=workload.rows * workload.prefill_tokens,
+                block_size=16,
+                memory_budget=8 << 30,
+                host_memory_budget=8 << 30,
+                prefix_caching=False,  # the same prompts come in every round
+            )
+        )
+        self._loads = 0
+        self._requests = 0
+
+    def load(self, folders: Iterable[Path]) -> Loaded:
+        """Load adapters of one kind, one after the other."""
+        ids, seconds = [], []
+        for folder in folders:
+            started = time.perf_counter()
+            ids.append(self._load(folder))
+            seconds.append(time.perf_counter() - started)
+        one = self._host.lowered(ids[0])
+        prefix = () if one.prefix is None else one.prefix.tensors
+        return Loaded(
+            ids,
+            round(statistics.median(seconds), 4),
+            one.num_device_bytes,
+            sum(tensor.nbytes for tensor in prefix),
+            one.num_elements,
+            sorted({type(each).__name__ for each in one.primitives}),
+        )
+
+    def decode_seconds(self, adapters: list[int | None], workload: Workload) -> list[float]:
+        """Of every step in which each of these rows, None for the base, gets one token."""
+        for row, adapter in enumerate(adapters):
+            self._submit(row, adapter, workload.context_tokens, workload.decode_steps + 1)
+        steps = list(self._steps())
+        return [seconds for seconds, tokens in steps if tokens == len(adapters)]
+
+    def prefill_seconds(self, adapter: int | None, workload: Workload) -> float:
+        """Of the step that computes a prompt and its first token."""
+        self._submit(-1, adapter, workload.prefill_tokens, 1)
+        ((seconds, _),) = self._steps()
+        return seconds
+
+    def _load(self, folder: Path) -> int:
+        self._loads += 1
+        self._engine.handle(LoadAdapter(self._loads, str(folder)))
+        select.select([self._host.wakeup], [], [])
+        os.eventfd_read(self._host.wakeup)
+        self._engine.take_loads()
+        answers = [each for each in self._engine.drain() if not isinstance(each, StepOutputs)]
+        if [type(answer) for answer in answers] != [AdapterLoaded]:
+            raise RuntimeError(f"{folder} was not loaded: {answers}")
+        return self._loads
+
+    def _submit(self, row: int, adapter: int | None, prompt: int, max_tokens: int) -> None:
+        self._requests += 1
+        request = GenerationRequest(
+            request_id=str(self._requests),
+            prompt_token_ids=random.Random(row).choices(TOKEN_IDS, k=prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0),
+            adapters=[] if adapter is None else [AdapterWeight(adapter)],
+        )
+        self._engine.handle(Submit(request))
+
+    def _steps(self) -> Iterator[tuple[float, int]]:
+        """Seconds and tokens of each step until all is done."""
+        while self._engine.has_work:
+            started = time.perf_counter()
+            self._engine.step()
+            seconds = time.perf_counter() - started
+            (outputs,) = self._engine.drain()
+            if not isinstance(outputs, StepOutputs):
+                raise RuntimeError(f"the engine reported {outputs}")
+            for update in outputs.updates:
+                if update.error is not None:
+                    raise RuntimeError(update.error)
+            yield seconds, outputs.stats.step_tokens
+
+
+def make_and_load(
+    engine: BenchedEngine, sources: list[KindSource], count: int, seed: int
+) -> dict[str, Loaded]:
+    """Adapters of every kind, ``count`` of each."""
+    base = AutoModelForCausalLM.from_pretrained(engine.model, dtype=torch.bfloat16).eval()
+    found = {}
+    for source in sources:
+        torch.manual_seed(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            folders = [Path(folder) / str(index) for index in range(count)]
+            source.write(base, folders)
+            found[source.name] = engine.load(folders)
+        print(f"{source.name} loaded", file=sys.stderr)
+    return found
+
+
+def measure(
+    engine: BenchedEngine, loaded: dict[str, Loaded], workload: Workload
+) -> dict[str, tuple[list[float], list[float]]]:
+    """By batch: of each round the median decode step, and the prefill step, in milliseconds."""
+    batches: dict[str, list[int | None]] = {BASE: [None] * workload.rows}
+    batches |= {name: list(kind.ids) for name, kind in loaded.items()}
+    one_each = [kind.ids[0] for kind in loaded.values()]
+    batches[MIXED] = [None] * (workload.rows - len(one_each)) + one_each
+    found: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for adapters in batches.values():  # unmeasured: memory is touched
+        engine.decode_seconds(adapters, workload)
+    for _ in range(workload.rounds):
+        for name, adapters in batches.items():
+            steps, prompts = found[name]
+            steps.append(1e3 * statistics.median(engine.decode_seconds(adapters, workload)))
+            if name != MIXED:
+                prompts.append(1e3 * engine.prefill_seconds(adapters[0], workload))
+    return found
+
+
+def spread(values: list[float], base: list[float]) -> Spread:
+    """Of one figure over the rounds."""
+    low, median, high = (round(each, 2) for each in statistics.quantiles(values, n=4))
+    ratios = [value / other for value, other in zip(values, base, strict=True)]
+    return Spread(median, (low, high), round(statistics.median(ratios), 3))
+
+
+def shown(figure: Spread) -> str:
+    """For people."""
+    low, high = figure.quartiles
+    return f"{figure.median:.1f} ms ({low:.1f} to {high:.1f}), {figure.over_base:.2f} of the base's"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2", help="folder, .gguf file or hub id")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=[source.name for source in SOURCES])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--state-dir", type=Path, default=default_state_dir())
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    workload = Workload(options.model, options.dtype, 16, 32, 16, 512, options.rounds)
+    sources = [s for s in SOURCES if options.only is None or s.name in options.only]
+    engine = BenchedEngine(workload, options.state_dir)
+    loaded = make_and_load(engine, sources, workload.rows, options.seed)
+    found = measure(engine, loaded, workload)
+    base_steps, base_prompts = found[BASE]
+    timings = {}
+    for name, (steps, prompts) in found.items():
+        decode = spread(steps, base_steps)
+        prefill = spread(prompts, base_prompts) if prompts else None
+        timings[name] = {
+            "decode_step_ms": asdict(decode),
+            "prefill_ms": None if prefill is None else asdict(prefill),
+        }
+        print(f"{name}: decode step {shown(decode)}")
+        if prefill is not None:
+            print(f"{name}: prefill {shown(prefill)}")
+    report = {
+        "benchmark": "kinds",
+        "machine": describe_machine(),
+        "versions": describe_versions("torch", "transformers", "peft"),
+        "workload": asdict(workload),
+        "seed": options.seed,
+        "threads": options.threads,
+        "load_average": os.getloadavg(),
+        "adapters": {
+            source.name: {"made_of": source.made_of, **_described(loaded[source.name])}
+            for source in sources
+        },
+        "timings": timings,
+    }
+    print(json.dumps(report))
+
+
+def _described(kind: Loaded) -> dict[str, object]:
+    described = asdict(kind)
+    del described["ids"]
+    return described
+
+
+if __name__ == "__main__":
+    main()
