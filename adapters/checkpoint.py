@@ -62,6 +62,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_DIMENSIONS = 8
+"""No kind's tensor has more, and torch itself fails beyond 64."""
 _WIDEST = 8
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -199,15 +201,12 @@ def _first_weights(folder: Path, names: Iterable[str], max_numbers: int) -> _Wei
             if file is None:
                 continue
             raw = _read_weights(path, file, max_numbers)
-        tensors = _parse_weights(path, raw)
+        parse = _parse_safetensors if _is_safetensors(path) else _parse_pickle
+        tensors = parse(path, raw)
         for tensor_name, tensor in tensors.items():
-            _require_finite(path, tensor_name, tensor)
+            _require_sound(path, tensor_name, tensor)
         return _WeightFile(name, raw, tensors)
     return None
-
-
-def _parse_weights(path: Path, raw: bytes) -> Mapping[str, Tensor]:
-    return _parse_safetensors(path, raw) if _is_safetensors(path) else _parse_pickle(path, raw)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -338,6 +337,8 @@ def _parse_safetensors(path: Path, raw: bytes) -> Mapping[str, Tensor]:
         raise AdapterCorrupt(f"{path} is not a complete safetensors file: {error}") from error
     except KeyError as error:
         raise AdapterUnsupported(f"{path} holds a tensor of the unknown dtype {error}") from error
+    except (RuntimeError, OverflowError) as error:
+        raise AdapterCorrupt(f"{path} declares a shape that no tensor can have: {error}") from error
 
 
 def _parse_pickle(path: Path, raw: bytes) -> Mapping[str, Tensor]:
@@ -385,14 +386,15 @@ def _require_plain_tensor(path: Path, name: str, value: object, max_bytes: int) 
         raise AdapterUnsupported(f"{path}: {shown(name)} is not a plain dense tensor")
 
 
-def _require_finite(path: Path, name: str, tensor: Tensor) -> None:
+def _require_sound(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dim() > _MAX_DIMENSIONS:
+        raise AdapterCorrupt(f"{path}: tensor {shown(name)} has {tensor.dim()} dimensions")
     if tensor.dtype in INTEGER_DTYPES:
         return
     if tensor.dtype not in FLOAT_DTYPES:
         raise AdapterUnsupported(
             f"{path}: tensor {shown(name)} is {tensor.dtype}: save it as bfloat16"
         )
-    # Libraries compute in float32, whatever the file holds.
     numbers = tensor.float() if tensor.dtype is torch.float64 else tensor
     if not bool(numbers.isfinite().all()):
         raise AdapterCorrupt(f"{path}: tensor {shown(name)} holds NaN or Inf, as float32")

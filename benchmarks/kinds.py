@@ -9,9 +9,9 @@ Measured are
 - the step that computes a prompt of 512 tokens of one adapter,
 - how long it takes to read and lower an adapter, and what it takes on the device.
 
-Every round measures everything once, so that a machine whose speed drifts slows all alike. Reported
-are medians over the rounds, with their quartiles, and the median of each round's ratio to the bare
-base in the same round, which drifts less. Adapters are random, 16 of a kind from one seed; PEFT
+Every round measures everything once, and the bare base right before each of them. Reported are
+medians over the rounds with their quartiles, and the median ratio to the base right before, which a
+machine whose speed drifts changes least. Adapters are random, 16 of a kind from one seed; PEFT
 makes its own (``pip install peft``). The last line is one JSON object; the load average in it tells
 whether the machine did something else at the time.
 """
@@ -25,9 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from deltamux.server.generation import AdapterWeight, GenerationRequest, Samplin
 from deltamux.server.model.source import resolve_model
 
 BASE, MIXED = "base", "mixed"
+DECODE, PREFILL = "decode_step_ms", "prefill_ms"
 TOKEN_IDS = range(1000, 30000)
 
 
@@ -82,11 +82,33 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of milliseconds, and the median ratio to the base of the same round."""
+    """Median and quartiles of milliseconds, and the median ratio to the base right before."""
 
     median: float
     quartiles: tuple[float, float]
     over_base: float
+
+    def __str__(self) -> str:
+        """For people."""
+        low, high = self.quartiles
+        return f"{self.median:.1f} ms ({low:.1f} to {high:.1f}), {self.over_base:.2f} of the base's"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds of a batch and, right before, of the base; one of each a round."""
+
+    batch: list[float] = field(default_factory=list)
+    base: list[float] = field(default_factory=list)
+
+    @property
+    def spread(self) -> Spread | None:
+        """None where nothing was measured."""
+        if not self.batch:
+            return None
+        low, median, high = (round(each, 2) for each in statistics.quantiles(self.batch, n=4))
+        ratios = [batch / base for batch, base in zip(self.batch, self.base, strict=True)]
+        return Spread(median, (low, high), round(statistics.median(ratios), 3))
 
 
 class BenchedEngine:
@@ -198,35 +220,37 @@ def make_and_load(
 
 def measure(
     engine: BenchedEngine, loaded: dict[str, Loaded], workload: Workload
-) -> dict[str, tuple[list[float], list[float]]]:
-    """By batch: of each round the median decode step, and the prefill step, in milliseconds."""
-    batches: dict[str, list[int | None]] = {BASE: [None] * workload.rows}
-    batches |= {name: list(kind.ids) for name, kind in loaded.items()}
+) -> dict[str, dict[str, Timed]]:
+    """Name of the batch -> decode step and prefill step."""
+    base: list[int | None] = [None] * workload.rows
     one_each = [kind.ids[0] for kind in loaded.values()]
-    batches[MIXED] = [None] * (workload.rows - len(one_each)) + one_each
-    found: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    batches = {BASE: base} | {name: list(kind.ids) for name, kind in loaded.items()}
+    batches[MIXED] = base[len(one_each) :] + one_each
+    found = {name: {DECODE: Timed(), PREFILL: Timed()} for name in batches}
     for adapters in batches.values():  # unmeasured: memory is touched
         engine.decode_seconds(adapters, workload)
     for _ in range(workload.rounds):
         for name, adapters in batches.items():
-            steps, prompts = found[name]
-            steps.append(1e3 * statistics.median(engine.decode_seconds(adapters, workload)))
+            time_decode(engine, base, found[name][DECODE].base, workload)
+            time_decode(engine, adapters, found[name][DECODE].batch, workload)
             if name != MIXED:
-                prompts.append(1e3 * engine.prefill_seconds(adapters[0], workload))
+                time_prefill(engine, None, found[name][PREFILL].base, workload)
+                time_prefill(engine, adapters[0], found[name][PREFILL].batch, workload)
     return found
 
 
-def spread(values: list[float], base: list[float]) -> Spread:
-    """Of one figure over the rounds."""
-    low, median, high = (round(each, 2) for each in statistics.quantiles(values, n=4))
-    ratios = [value / other for value, other in zip(values, base, strict=True)]
-    return Spread(median, (low, high), round(statistics.median(ratios), 3))
+def time_decode(
+    engine: BenchedEngine, adapters: list[int | None], found: list[float], workload: Workload
+) -> None:
+    """Append the median step."""
+    found.append(1e3 * statistics.median(engine.decode_seconds(adapters, workload)))
 
 
-def shown(figure: Spread) -> str:
-    """For people."""
-    low, high = figure.quartiles
-    return f"{figure.median:.1f} ms ({low:.1f} to {high:.1f}), {figure.over_base:.2f} of the base's"
+def time_prefill(
+    engine: BenchedEngine, adapter: int | None, found: list[float], workload: Workload
+) -> None:
+    """Append the step."""
+    found.append(1e3 * engine.prefill_seconds(adapter, workload))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -250,19 +274,13 @@ def main() -> None:
     sources = [s for s in SOURCES if options.only is None or s.name in options.only]
     engine = BenchedEngine(workload, options.state_dir)
     loaded = make_and_load(engine, sources, workload.rows, options.seed)
-    found = measure(engine, loaded, workload)
-    base_steps, base_prompts = found[BASE]
-    timings = {}
-    for name, (steps, prompts) in found.items():
-        decode = spread(steps, base_steps)
-        prefill = spread(prompts, base_prompts) if prompts else None
-        timings[name] = {
-            "decode_step_ms": asdict(decode),
-            "prefill_ms": None if prefill is None else asdict(prefill),
-        }
-        print(f"{name}: decode step {shown(decode)}")
-        if prefill is not None:
-            print(f"{name}: prefill {shown(prefill)}")
+    timings: dict[str, dict[str, object]] = {}
+    for name, timed in measure(engine, loaded, workload).items():
+        timings[name] = {}
+        for what, spread in ((what, each.spread) for what, each in timed.items()):
+            timings[name][what] = None if spread is None else asdict(spread)
+            if spread is not None:
+                print(f"{name}, {what}: {spread}")
     report = {
         "benchmark": "kinds",
         "machine": describe_machine(),

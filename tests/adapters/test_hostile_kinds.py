@@ -482,7 +482,7 @@ def changes(key: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict
         others["refolded"] = tensor.reshape(1, -1)
     if tensor.dim() == 2:
         others["transposed"] = tensor.t()
-    if tensor.dim():
+    if tensor.dim() and key != "theta_d":  # SAID's may have any length
         others["longer"] = torch.cat([tensor, tensor[:1]])
         others["headless"] = tensor[:0]
     for what, other in others.items():
@@ -503,8 +503,6 @@ def cannot_matter(good: Subject, key: str, what: str) -> bool:
     library = good.config.library
     if library == "adapterhub" and what == "shortened":
         return True  # saved from a model without a head
-    if library == "plain" and (key, what) == ("theta_d", "longer"):
-        return False
     if what == "integers" and key.endswith("_indices"):
         return True
     copies = (".prefix_tunings.", "randlora_A", "randlora_B")

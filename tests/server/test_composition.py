@@ -24,7 +24,8 @@ from deltamux.adapters.primitives.linear import Affine
 from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
 from deltamux.adapters.scope import EveryPosition
 from deltamux.kernels.backend import DeltaOps
-from deltamux.server.composition import CompositionRefused, check_composition
+from deltamux.server.composition import CompositionRefused, Room, check_composition
+from deltamux.server.engine.composition import composable
 from deltamux.server.engine.messages import AdapterLoaded, AdapterUnloaded, LoadAdapter
 from deltamux.server.generation import AdapterWeight, FinishReason
 from deltamux.server.model.decoder import Decoder
@@ -323,17 +324,18 @@ def test_everything_in_one_batch(zoo, serve, monkeypatch):
     """Sums beside what they are sums of, in small chunks, and thrown out of a small cache."""
     monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", 0.97)
     asked: list[Chosen] = [*SUMS, [], *([(name, 1.0)] for name in zoo.saved if name != "alora")]
-    prompts = [
-        tokens(random.Random(index).choice([2, 9, 30]), index) for index in range(len(asked))
-    ]
+    prompts = [tokens((2, 9, 20)[index % 3], index) for index in range(len(asked))]
     wanted = []
     for chosen, prompt in zip(asked, prompts, strict=True):
         prefixes = [zoo.saved[name] for name, _ in chosen if name.startswith("prefix")]
         sums = [each for each in chosen if not each[0].startswith("prefix")]
-        wanted.append(changed(zoo, sums).generate(prompt, COUNT, *prefixes))
+        wanted.append(changed(zoo, sums).generate(prompt, 16, *prefixes))
     for changes in ({}, {"max_num_batched_tokens": 33}, {"prefix_caching": False}):
         served = serve(memory_budget=2_400_000, **changes)
-        names = [served.submit(prompt, *each) for each, prompt in zip(asked, prompts, strict=True)]
+        names = [
+            served.submit(prompt, *each, count=16)
+            for each, prompt in zip(asked, prompts, strict=True)
+        ]
         served.engine.run()
         assert served.engine.preemptions
         for name, each in zip(names, wanted, strict=True):
@@ -370,7 +372,7 @@ def test_what_has_no_weighted_sum_is_refused_by_name(name, zoo, serve, tmp_path)
     served = serve("a")
     loaded = served.engine.load(9, zoo.oracle.save(made, tmp_path / name, 0))
     assert isinstance(loaded, AdapterLoaded)
-    plain = served.engine.engine._registrations[1].composable
+    plain = composable(served.engine.host.lowered(served.ids["a"]))
     for chosen in ([("x", 0.5)], [("x", 1.0), ("a", 1.0)], [("a", 1.0), ("x", 1.0)]):
         known = {"x": loaded.info.composable, "a": plain}
         with pytest.raises(CompositionRefused, match="x cannot be weighted or combined") as refused:
@@ -388,28 +390,29 @@ def test_what_has_no_weighted_sum_is_refused_by_name(name, zoo, serve, tmp_path)
 # --- who waits for whom
 
 
-def sizes(served: Served) -> dict[str, int]:
-    return {
-        name: served.engine.engine._registrations[adapter_id].composable.takes.host_bytes
-        for name, adapter_id in served.ids.items()
+def takes(served: Served, name: str) -> Room:
+    return composable(served.engine.host.lowered(served.ids[name])).takes
+
+
+@pytest.fixture(scope="module")
+def alike(zoo) -> Zoo:
+    """With four adapters of one size."""
+    folder = zoo.saved["a"].parent
+    saved = {
+        name: zoo.oracle.save(variant(lora(4, ["q_proj"])), folder / name, seed)
+        for seed, name in enumerate("wxyz", start=50)
     }
+    return replace(zoo, saved=saved)
 
 
 @pytest.fixture
-def small_host(zoo, serve):
-    """An engine whose host memory holds two adapters of one size, and has loaded four of them."""
-    names = ["w", "x", "y", "z"]
-    folder = zoo.saved["a"].parent
-    same = replace(zoo, saved={**zoo.saved, **{name: folder / name for name in names}})
-    for seed, name in enumerate(names, start=50):
-        if not same.saved[name].exists():
-            zoo.oracle.save(variant(lora(4, ["q_proj"])), same.saved[name], seed)
-    size = sizes(Served(same, ["w"]))["w"]
-
-    def start(**changes) -> Served:
-        return Served(same, names, host_memory_budget=2 * size, **changes)
-
-    return start
+def served(alike):
+    """An engine that has loaded the four, with host memory for two of them."""
+    one = Served(alike, "w")
+    made = Served(alike, host_memory_budget=2 * takes(one, "w").host_bytes)
+    yield made
+    for each in (one, made):
+        each.engine.close()
 
 
 def settle(served: Served, *names: str) -> None:
@@ -425,8 +428,7 @@ def expected(served: Served, *chosen: tuple[str, float]) -> Generation:
     return changed(served.zoo, chosen).generate(PROMPT, COUNT)
 
 
-def test_one_adapter_is_there_and_the_other_is_not(small_host):
-    served = small_host()
+def test_one_adapter_is_there_and_the_other_is_not(served):
     assert sorted(served.engine.host.ready()) == [served.ids["y"], served.ids["z"]]
     chosen = (("z", 1.0), ("w", 0.5))
     name = served.submit(PROMPT, *chosen)
@@ -435,9 +437,8 @@ def test_one_adapter_is_there_and_the_other_is_not(small_host):
     served.check(name, expected(served, *chosen))
 
 
-def test_requests_that_hold_one_adapter_each_do_not_wait_for_each_other(small_host):
+def test_requests_that_hold_one_adapter_each_do_not_wait_for_each_other(served):
     """Host memory has room for the two adapters of any one of them, and of one at a time."""
-    served = small_host()
     running = served.submit(PROMPT, ("y", 1.0), count=12)  # keeps y in host memory
     served.engine.step()
     asked = [("z", "w"), ("y", "x"), ("w", "x"), ("x", "z")]
@@ -451,8 +452,7 @@ def test_requests_that_hold_one_adapter_each_do_not_wait_for_each_other(small_ho
     assert not served.engine.engine._gathering
 
 
-def test_who_needs_no_load_does_not_wait_for_who_does(small_host):
-    served = small_host()
+def test_who_needs_no_load_does_not_wait_for_who_does(served):
     cold = served.submit(PROMPT, ("w", 1.0), ("x", 1.0))
     warm = served.submit(PROMPT, ("y", 1.0), ("z", 1.0))
     served.engine.run()
@@ -462,8 +462,7 @@ def test_who_needs_no_load_does_not_wait_for_who_does(small_host):
 
 
 @pytest.mark.parametrize("aborted", [0, 1])
-def test_an_abort_passes_the_turn_on(aborted, small_host):
-    served = small_host()
+def test_an_abort_passes_the_turn_on(aborted, served):
     names = [served.submit(PROMPT, ("z", 1.0), (other, 1.0)) for other in "wx"]
     served.engine.abort(names[aborted])
     [left] = [name for name in names if name != names[aborted]]
@@ -502,11 +501,9 @@ def test_an_adapter_of_a_sum_is_unloaded_when_the_sum_has_ended(zoo, serve):
 
 def test_adapters_that_are_too_large_together_are_refused_at_once(zoo, serve):
     """The others go on, each adapter alone too."""
-    takes = {
-        name: serve(name).engine.engine._registrations[1].composable.takes for name in ("a", "b")
-    }
-    device = 4 * (takes["a"].device_bytes + takes["b"].device_bytes - 64)
-    host = takes["a"].host_bytes + takes["b"].host_bytes - 1
+    one, two = (takes(serve(name), name) for name in ("a", "b"))
+    device = 4 * (one.device_bytes + two.device_bytes - 64)
+    host = one.host_bytes + two.host_bytes - 1
     for changes, option in (
         ({"memory_budget": device}, "--memory-budget"),
         ({"host_memory_budget": host}, "--host-memory-budget"),
@@ -523,6 +520,27 @@ def test_adapters_that_are_too_large_together_are_refused_at_once(zoo, serve):
 
 
 # --- the device
+
+
+def test_a_sum_that_waits_for_room_keeps_out_none_of_its_members(alike, monkeypatch):
+    """The device has room for two adapters and one is in use: another may join it."""
+    one = Served(alike, "w")
+    share = 2 * takes(one, "w").device_bytes / 1_000_000
+    one.engine.close()
+    monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", share)
+    served = Served(alike, memory_budget=1_000_000)
+    running = served.submit(PROMPT, ("y", 1.0), count=12)
+    served.engine.step()
+    both = served.submit(PROMPT, ("w", 1.0), ("x", 1.0))
+    alone = served.submit(PROMPT, ("x", 1.0))
+    served.engine.step()
+    assert len(served.engine.received[alone].token_ids) == 1
+    assert not served.engine.received[both].token_ids
+    served.engine.run()
+    served.check(running, changed(alike, [("y", 1.0)]).generate(PROMPT, 12))
+    served.check(both, expected(served, ("w", 1.0), ("x", 1.0)))
+    served.check(alone, expected(served, ("x", 1.0)))
+    served.engine.close()
 
 
 TARGET = LinearTarget("m", 0, 4, 16, False)
