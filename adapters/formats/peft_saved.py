@@ -85,6 +85,24 @@ class SavedModules:
         ends = [index for index, character in enumerate(whole) if character == "."]
         return any(whole[:end].endswith(self.names) for end in (*ends, len(whole)))
 
+    def require_saved(self, layout: BaseLayout, tensors: Iterable[str]) -> None:
+        """Refuse a file without the modules that its configuration says were trained.
+
+        A name that is none in the base is one that PEFT found none for either.
+
+        Raises:
+            AdapterCorrupt: The base has a module of a name, and none of the tensors is in it.
+        """
+        saved = {name.rpartition(".")[0] for name in tensors}
+        places = {*layout.targets, *layout.norms_by_path, *layout.embeddings_by_path}
+        for name in self.names:
+            named = SavedModules((name,))
+            if any(map(named.hold, places)) and not any(map(named.hold, saved)):
+                raise AdapterCorrupt(
+                    f"the config field {_MODULES_FIELD!r} names {shown(name)}, and the weight file "
+                    f"holds nothing of it: it is incomplete"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class SavedTensors:
@@ -94,11 +112,13 @@ class SavedTensors:
         replaced: Tensors in the place of the base's, by their names in its ``state_dict``.
         copies: Weights of embedding and head, by their names in the base's ``state_dict``.
         tokens: By module path: row (hidden,) by token id.
+        modules: The modules that ``modules_to_save`` names.
     """
 
     replaced: Mapping[str, Tensor]
     copies: Mapping[str, Tensor]
     tokens: Mapping[str, Mapping[int, Tensor]]
+    modules: SavedModules
 
     @classmethod
     def read(
@@ -141,7 +161,7 @@ class SavedTensors:
         for name in replaced.keys() & copies.keys():
             raise _twice(name)
         _require_same_twins(found[_Role.TWIN], replaced)
-        return cls(replaced, copies, _token_rows(config, found[_Role.TOKENS]))
+        return cls(replaced, copies, _token_rows(config, found[_Role.TOKENS]), rules.modules)
 
     @property
     def shapes(self) -> tuple[PrimitiveShape, ...]:
@@ -160,8 +180,10 @@ class SavedTensors:
         Raises:
             AdapterMismatch: The base has no such tensor, bias or token, or of another shape.
             AdapterUnsupported: A tensor overflows, or one place is changed twice.
-            AdapterCorrupt: Two different copies of one weight.
+            AdapterCorrupt: Two different copies of one weight, or a module of ``modules_to_save``
+                without any tensor.
         """
+        self.modules.require_saved(base.layout, self.replaced)
         require_own_biases(base.layout, self.replaced)
         tensors = {**self._copied(base), **self.replaced}
         return merge((*override_primitives(base, tensors), *self._token_rows(base)))
