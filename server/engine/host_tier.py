@@ -19,6 +19,9 @@ from ...adapters.primitives.lowered import LoweredAdapter
 
 Lower = Callable[[Path], LoweredAdapter]
 
+_LAST_LOAD_SECONDS = 5.0
+"""How long the process waits at its end for a load that has begun."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
@@ -123,7 +126,7 @@ class HostTier:
         return results
 
     def close(self) -> None:
-        """Let the loader end after what it was asked for; the process need not wait for it."""
+        """End the loader after what it was asked for, or leave it behind after some seconds."""
         self._loader.close()
 
     def _take_in(self, result: LoadResult) -> LoadResult:
@@ -198,7 +201,8 @@ class _Loader:
         self._asked: SimpleQueue[tuple[int, Path] | None] = SimpleQueue()
         self._ended: SimpleQueue[LoadResult] = SimpleQueue()
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
 
     def load(self, adapter_id: int, path: Path) -> None:
         self._asked.put((adapter_id, path))
@@ -208,6 +212,8 @@ class _Loader:
 
     def close(self) -> None:
         self._asked.put(None)
+        # A daemon thread that still runs while the interpreter ends would take the process down.
+        self._thread.join(_LAST_LOAD_SECONDS)
 
     def _run(self) -> None:
         for adapter_id, path in iter(self._asked.get, None):
