@@ -34,7 +34,7 @@ class PrimitiveShape:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """What an adapter is on one base; see ``primitives.LoweredAdapter`` for the fields."""
+    """What an adapter is on one base; see ``primitives.lowered.LoweredAdapter`` for the fields."""
 
     parts: tuple[Part, ...]
     prefix: KVPrefix | None = None

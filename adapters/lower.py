@@ -11,10 +11,13 @@ from types import MappingProxyType
 
 from . import kinds
 from .base import Base
-from .checkpoint import ConfigFile, open_checkpoint, open_config
+from .checkpoint import Checkpoint, ConfigFile, open_checkpoint, open_config
 from .errors import AdapterTooLarge, AdapterUnsupported, shown
 from .files import ADAPTERHUB, PLAIN
-from .kind import AdapterKind
+from .kind import AdapterKind, ParsedAdapter, PrimitiveShape
+from .layout import BaseLayout
+from .primitives.embedding import EmbeddingRows
+from .primitives.linear import Dense
 from .primitives.lowered import LoweredAdapter
 
 REFUSED_PEFT_TYPES: Mapping[str, str] = MappingProxyType(
@@ -33,15 +36,19 @@ def lower(path: Path, base: Base, max_bytes: int) -> LoweredAdapter:
         path: The folder.
         base: What it is lowered for.
         max_bytes: The most that the lowered adapter may take. A weight file that declares more
-            numbers than fit is refused before it is read.
+            numbers than fit is refused before it is read, and one that stands for more before it
+            is lowered.
 
     Raises:
         AdapterError: The adapter is refused; see ``errors`` for the reasons.
     """
     config = open_config(path)
     kind = find_kind(config)
-    checkpoint = open_checkpoint(config, max_bytes // base.dtype.itemsize)
-    lowered = kind.parse(checkpoint).lower(base)
+    max_numbers = max_bytes // base.dtype.itemsize
+    checkpoint = open_checkpoint(config, max_numbers)
+    parsed = kind.parse(checkpoint)
+    _require_room(path, parsed, base.layout, checkpoint, max_numbers)
+    lowered = parsed.lower(base)
     adapter = LoweredAdapter(
         digest=checkpoint.digest,
         kind=kind.name,
@@ -55,6 +62,34 @@ def lower(path: Path, base: Base, max_bytes: int) -> LoweredAdapter:
             f"{max_bytes} there is room for"
         )
     return adapter
+
+
+def _require_room(
+    path: Path, parsed: ParsedAdapter, layout: BaseLayout, checkpoint: Checkpoint, max_numbers: int
+) -> None:
+    """Refuse what is sure to take more than there is room for before any of it is made.
+
+    A few numbers of a file may stand for a whole weight of the base. What the file itself holds is
+    left out of the sum, because tensors that equal the base's own are not stored.
+    """
+    stored = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    numbers = sum(_numbers(shape, layout) for shape in parsed.shapes) - stored
+    if numbers > max_numbers:
+        raise AdapterTooLarge(
+            f"the adapter at {path} would take {numbers} numbers or more on this base, and there "
+            f"is room for {max_numbers}"
+        )
+
+
+def _numbers(shape: PrimitiveShape, layout: BaseLayout) -> int:
+    """What a primitive stores: those of a size that the adapter does not tell, a whole weight."""
+    if shape.num_elements or shape.primitive not in (Dense.__name__, EmbeddingRows.__name__):
+        return shape.num_elements
+    target = layout.targets.get(shape.path)
+    if target is not None:
+        return target.in_features * target.out_features
+    embedding = layout.embeddings_by_path.get(shape.path)
+    return 0 if embedding is None else embedding.num_embeddings * embedding.size
 
 
 def find_kind(config: ConfigFile) -> AdapterKind:

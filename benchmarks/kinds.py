@@ -106,7 +106,9 @@ class Timed:
         """None where nothing was measured."""
         if not self.batch:
             return None
-        low, median, high = (round(each, 2) for each in statistics.quantiles(self.batch, n=4))
+        low, median, high = (
+            round(each, 2) for each in statistics.quantiles(self.batch, n=4, method="inclusive")
+        )
         ratios = [batch / base for batch, base in zip(self.batch, self.base, strict=True)]
         return Spread(median, (low, high), round(statistics.median(ratios), 3))
 

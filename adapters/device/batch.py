@@ -7,7 +7,7 @@ step has one pass.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ from .pool import AdapterPool
 Op = TypeVar("Op")
 
 
-@dataclass(frozen=True, slots=True)
-class RowRange:
+class RowRange(NamedTuple):
     """Rows ``start .. end`` of a batch that one adapter slot corrects with one weight."""
 
     start: int
@@ -253,14 +252,10 @@ def _joined(ranges: Iterable[RowRange]) -> list[RowRange]:
 
 
 def _segments(ranges: Sequence[RowRange], device: torch.device) -> Segments:
-    start, end, slot = np.array([(r.start, r.end, r.slot) for r in ranges], dtype=np.int32).T.copy()
-    weight = np.array([each.weight for each in ranges], dtype=np.float32)
-    return Segments(
-        *(
-            torch.from_numpy(each).to(device, non_blocking=True)
-            for each in (start, end, slot, weight)
-        )
-    )
+    *bounds_and_slots, weights = zip(*ranges, strict=True)
+    columns = [np.array(each, dtype=np.int32) for each in bounds_and_slots]
+    columns.append(np.array(weights, dtype=np.float32))
+    return Segments(*(torch.from_numpy(each).to(device, non_blocking=True) for each in columns))
 
 
 def _input_transforms(

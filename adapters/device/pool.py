@@ -92,6 +92,11 @@ class AdapterPool:
         occupied: npt.NDArray[np.bool_] = np.any(self._occupied[kind][:, list(slots)], axis=1)
         return tuple(occupied.tolist())
 
+    @property
+    def changes_any_head(self) -> bool:
+        """Whether the part in any slot corrects the head's output."""
+        return bool(self._at_head)
+
     def changes_head(self, slot: int) -> bool:
         """Whether the part in this slot corrects the head's output."""
         return slot in self._at_head

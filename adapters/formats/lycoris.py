@@ -8,7 +8,7 @@ from .linear_adapter import HARMLESS, bounded_rank
 from .peft_patterns import Patterns
 
 IMPLEMENTED = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"})
-"""Fields that are read here or in ``linear_adapter``."""
+"""Fields that are read here or in ``peft_saved``."""
 
 LYCORIS_HARMLESS: Mapping[str, str] = {
     **HARMLESS,

@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import AdapterCorrupt, shown
+from ..errors import AdapterCorrupt, AdapterUnsupported, shown
 
 _LOWEST_SEED, _HIGHEST_SEED = -(1 << 63), (1 << 64) - 1
 _SPARSITY = 3.0
 """PEFT's for RandLoRA's ``sparse``."""
+_LARGEST_SHARE = 4
+"""A seed costs a hostile file nothing, and what is drawn from it memory and time."""
 
 
 def seeded(name: str, value: object) -> torch.Generator:
@@ -27,6 +29,22 @@ def seeded(name: str, value: object) -> torch.Generator:
     if not is_whole or not _LOWEST_SEED <= value <= _HIGHEST_SEED:  # type: ignore[operator]
         raise AdapterCorrupt(f"the config field {name!r} is {shown(value)}, not a seed")
     return torch.Generator(device="cpu").manual_seed(value)  # type: ignore[arg-type]
+
+
+def require_drawable(rank: int, width: int, out: int) -> None:
+    """Raise AdapterUnsupported for random matrices that are far larger than the base's own.
+
+    Args:
+        rank: r, of (r, width) and (out, r).
+        width: Widest input of all adapted modules.
+        out: Widest output of them.
+    """
+    if rank * (width + out) > _LARGEST_SHARE * width * out:
+        raise AdapterUnsupported(
+            f"random matrices of rank {rank} for modules of {width} to {out} features would take "
+            f"more than {_LARGEST_SHARE} times the largest of them: train with a smaller r, or "
+            f"with save_projection=True"
+        )
 
 
 def draw_vera(generator: torch.Generator, rank: int, width: int, out: int) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ from .peft_saved import SavedModules, require_own_biases
 from .peft_tensors import Reasons, require_float, unserved_tensor
 
 EMBEDDINGS = "prompt_embeddings"
-MAX_PROMPT = 4096
-"""Rows of a prompt that the base computes at once, all of them attending to each other."""
+MAX_PROMPT = 1024
+"""Rows of a prompt, which the base computes when the adapter is loaded, and at once."""
 
 _OTHERS: Reasons = ((".weight", "the config field modules_to_save does not name its module"),)
 # PEFT does not wrap the base of these methods, so that modules_to_save has a shorter prefix.

@@ -142,7 +142,7 @@ KIND = PeftKind(
         family="reparameterisation",
         files="lokr_w1 (l, m) or lokr_w1_a (l, r) and lokr_w1_b (r, m), lokr_w2 (k, n) or "
         "lokr_w2_a (k, r) and lokr_w2_b (r, n) of each module, out = l k and in = m n; fields r, "
-        "alpha, rank_pattern, alpha_pattern",
+        "alpha, rank_pattern, alpha_pattern, decompose_both",
         equation="y += alpha / r kron(w1, w2) x, never expanded: Y += alpha / r w1 X w2ᵀ with "
         "X = x.view(m, n) and Y = y.view(l, k)",
         primitives=("Kronecker",),

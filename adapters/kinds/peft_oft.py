@@ -32,6 +32,8 @@ from ..primitives.primitive import Primitive
 
 MAX_TERMS = 16
 
+_ROWS_AT_ONCE = 4096
+
 _R, _EMBEDDING_R = "oft_R.weight", "oft_embedding_R.weight"
 _FIRST_WITH_THIS_SERIES = (0, 18)
 _OTHERS = (
@@ -194,9 +196,14 @@ def _lower(base: Base, target: LinearTarget, module: _Module) -> Iterator[Primit
 def _rotated_embedding(base: Base, module: _Module) -> EmbeddingRows:
     site = embedding_site(base.layout, module.path)
     rotations = module.rotations(base.layout, site.size).float()
-    blocks = base.embedding(site).float().view(site.num_embeddings, -1, module.block)
-    rows = torch.einsum("tkb,kbc->tkc", blocks, rotations.expand(blocks.shape[1], -1, -1))
-    return EmbeddingRows(site, cast(module.path, rows.flatten(1), base.dtype))
+    own = base.embedding(site)
+    rows = torch.empty_like(own)
+    for start in range(0, len(own), _ROWS_AT_ONCE):
+        some = own[start : start + _ROWS_AT_ONCE].float()
+        blocks = some.view(len(some), -1, module.block)
+        rotated = torch.einsum("tkb,kbc->tkc", blocks, rotations.expand(blocks.shape[1], -1, -1))
+        rows[start : start + _ROWS_AT_ONCE] = cast(module.path, rotated.flatten(1), base.dtype)
+    return EmbeddingRows(site, rows)
 
 
 def _divisor(width: int, wanted: int) -> int:

@@ -35,6 +35,7 @@ from ..formats.projections import (
     draw_randlora,
     draw_sparse_randlora,
     draw_very_sparse_randlora,
+    require_drawable,
     seeded,
 )
 from ..kind import KindPage, PrimitiveShape
@@ -73,6 +74,7 @@ class _Projections:
         widest = (max(t.in_features for t in targets), max(t.out_features for t in targets))
         shortest, longest = min(widest), max(widest)
         if self.stored is None:
+            require_drawable(self.rank, shortest, longest)
             generator = seeded("projection_prng_key", self.seed)
             return self.draw(generator, self.rank, shortest, longest)
         a, b = self.stored
@@ -194,7 +196,8 @@ KIND = PeftKind(
         memory="in out a module: the update has full rank by design (n r is at least min(in, "
         "out)), so that its factors would take more",
         limits="A file with save_projection=false gives the trained answer only where torch draws "
-        "the same numbers, as in PEFT.",
+        "the same numbers, as in PEFT; matrices of more than four times the largest module are "
+        "not drawn.",
     ),
     rules=FieldRules(
         implemented=frozenset(

@@ -26,7 +26,7 @@ from ..formats.linear_adapter import (
     require_shape,
 )
 from ..formats.peft_tensors import require_float, required
-from ..formats.projections import draw_vera, seeded
+from ..formats.projections import draw_vera, require_drawable, seeded
 from ..kind import KindPage, PrimitiveShape
 from ..layout import LinearTarget
 from ..primitives.linear import Affine, Dense
@@ -65,6 +65,7 @@ class _Projections:
         width = max(target.in_features for target in targets)
         out = max(target.out_features for target in targets)
         if self.stored is None:
+            require_drawable(self.rank, width, out)
             return draw_vera(seeded("projection_prng_key", self.seed), self.rank, width, out)
         a, b = self.stored
         if (a.shape[1], b.shape[0]) != (width, out):
@@ -140,7 +141,8 @@ KIND = PeftKind(
         memory="r out a module, and r in once for each width of input: modules share A; in out a "
         "module where r is at least in",
         limits="A file with save_projection=false gives the trained answer only where torch draws "
-        "the same numbers, as in PEFT.",
+        "the same numbers, as in PEFT; matrices of more than four times the largest module are "
+        "not drawn.",
     ),
     rules=FieldRules(
         implemented=frozenset(

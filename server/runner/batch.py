@@ -1,7 +1,11 @@
 """A step's plan as the index tensors that the model and the sampler read."""
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,47 +16,22 @@ from ...adapters.device.batch import RowRange
 from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
 from ..scheduler.plan import ScheduledSequence, StepPlan
+from ..scheduler.sequence import Prefix
 
 FindAdapter = Callable[[int], Placement]
 """Where the adapter of an id is on the device."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Correction:
-    """Positions ``start .. end`` of a sequence that the part in one adapter slot corrects."""
-
-    slot: int
-    weight: float
-    start: int
-    end: int | None
-
-    def rows(self, first_row: int, start: int, end: int) -> RowRange | None:
-        """Those among the rows from ``first_row`` on that hold the positions ``start .. end``."""
-        low = max(self.start, start)
-        high = end if self.end is None else min(self.end, end)
-        if low >= high:
-            return None
-        return RowRange(first_row + low - start, first_row + high - start, self.slot, self.weight)
+_Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class StepItem:
-    """A scheduled sequence with its place in the batch.
+# Plain tuples: a step makes one for every sequence, and a named one takes three times as long.
+Correction = tuple[int, float, int, int]
+"""Adapter slot, weight, start, end: the positions ``start .. end`` of a sequence that the part in
+one adapter slot corrects."""
 
-    Attributes:
-        scheduled: What the plan says of it.
-        first_row: Its first row.
-        corrections: What its adapters correct, by position.
-    """
-
-    scheduled: ScheduledSequence
-    first_row: int
-    corrections: tuple[_Correction, ...]
-
-    def ranges(self, start: int, end: int, first_row: int) -> Iterator[RowRange | None]:
-        """Per correction, the rows it corrects where rows from ``first_row`` hold positions."""
-        return (each.rows(first_row, start, end) for each in self.corrections)
-
+RowSpan = tuple[Sequence[Correction], int, int, int]
+"""Corrections, start, end, first_row: the rows from ``first_row`` on hold the positions
+``start .. end`` of a sequence with these corrections."""
 
 Passes = list[list[RowRange]]
 """Row ranges of adapters; within one pass none overlap."""
@@ -63,22 +42,24 @@ class StepBatch:
     """One step's rows, ordered so that the rows of each adapter lie together.
 
     Attributes:
-        items: The plan's sequences in the order of their rows.
+        scheduled: What the plan says of each sequence, in the order of their rows.
+        corrections: What its adapters correct, of each.
+        first_rows: The first row of each.
         token_ids: (rows,) int64.
         positions: (rows,) int64.
         paged: Per layer, where rows lie in the KV cache.
         passes: The rows' adapters.
-        sample_rows: (n,) int64, the last row of every item that samples, in the order of the items.
-        sample_passes: The adapters of these n rows.
+        sample_rows: (n,) int64, the last row of each that samples.
     """
 
-    items: tuple[StepItem, ...]
+    scheduled: Sequence[ScheduledSequence]
+    corrections: Sequence[Sequence[Correction]]
+    first_rows: Sequence[int]
     token_ids: Tensor
     positions: Tensor
     paged: Sequence[PagedBatch]
     passes: Passes
     sample_rows: Tensor
-    sample_passes: Passes
 
 
 def build_batch(
@@ -89,120 +70,167 @@ def build_batch(
     device: torch.device,
 ) -> StepBatch:
     """The tensors of one step."""
-    items = _ordered(plan, find_adapter)
-    scheduled = [item.scheduled for item in items]
-    bounds = np.cumsum([0, *(each.num_tokens for each in scheduled)])
-    indices = np.concatenate([np.arange(each.start, each.end) for each in scheduled])
-    offsets = np.array([each.sequence.position_offset for each in scheduled], dtype=np.int64)
-    tokens = np.concatenate([each.sequence.token_ids[each.start : each.end] for each in scheduled])
+    corrections, scheduled = _ordered(plan, find_adapter)
+    starts = [each.start for each in scheduled]
+    ends = [each.end for each in scheduled]
+    rows = _Rows.of(starts, ends)
+    first_rows = rows.bounds.tolist()[:-1]
+    prefixes = _Prefixes.of(scheduled, block_size)
+    tokens = chain.from_iterable(
+        each.sequence.token_ids[start:end]
+        for each, start, end in zip(scheduled, starts, ends, strict=True)
+    )
     sampling = [index for index, each in enumerate(scheduled) if each.samples]
     return StepBatch(
-        items=items,
-        token_ids=_to(tokens.astype(np.int64), device),
-        positions=_to(indices + np.repeat(offsets, np.diff(bounds)), device),
-        paged=_layers(
-            _paged(scheduled, bounds, indices, block_size, device),
-            scheduled,
-            num_layers,
-            block_size,
-        ),
-        passes=_passes(
-            each.ranges(each.scheduled.start, each.scheduled.end, each.first_row) for each in items
-        ),
-        sample_rows=_to(bounds[1:][sampling] - 1, device),
-        sample_passes=_passes(
-            items[index].ranges(scheduled[index].end - 1, scheduled[index].end, row)
-            for row, index in enumerate(sampling)
-        ),
+        scheduled=scheduled,
+        corrections=corrections,
+        first_rows=first_rows,
+        token_ids=_to(np.fromiter(tokens, np.int64, len(rows.indices)), device),
+        positions=_to(rows.indices + prefixes.offsets[rows.sequence], device),
+        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, device),
+        passes=passes_of(zip(corrections, starts, ends, first_rows, strict=True)),
+        sample_rows=_to(rows.bounds[1:][sampling] - 1, device),
     )
 
 
-def _ordered(plan: StepPlan, find_adapter: FindAdapter) -> tuple[StepItem, ...]:
+def passes_of(spans: Iterable[RowSpan]) -> Passes:
+    """The nth correction of every span in the nth pass: spans share no row."""
+    passes: Passes = []
+    for corrections, start, end, first_row in spans:
+        index = 0
+        for slot, weight, low, high in corrections:
+            low, high = low if low > start else start, high if high < end else end
+            if low < high:
+                if index == len(passes):
+                    passes.append([])
+                shift = first_row - start
+                passes[index].append(RowRange(low + shift, high + shift, slot, weight))
+                index += 1
+    return passes
+
+
+class _Rows(NamedTuple):
+    """The rows of the scheduled sequences, one behind the other.
+
+    Attributes:
+        ends: (sequences,), tokens of each that are computed afterwards.
+        bounds: (sequences + 1,), the first row of each and the number of rows.
+        sequence: (rows,), which sequence a row is of.
+        indices: (rows,), which of its tokens the row holds.
+    """
+
+    ends: _Ints
+    bounds: _Ints
+    sequence: _Ints
+    indices: _Ints
+
+    @classmethod
+    def of(cls, starts: Sequence[int], ends: Sequence[int]) -> "_Rows":
+        first, last = np.array(starts), np.array(ends)
+        bounds = np.zeros(len(starts) + 1, dtype=np.int64)
+        np.cumsum(last - first, out=bounds[1:])
+        sequence = np.repeat(np.arange(len(starts)), last - first)
+        indices = np.arange(bounds[-1]) + (first - bounds[:-1])[sequence]
+        return cls(last, bounds, sequence, indices)
+
+
+class _Prefixes(NamedTuple):
+    """What stands before the scheduled sequences; few have a prefix.
+
+    Attributes:
+        by_sequence: The prefix of those that have one.
+        offsets: (sequences,), added to the position of each token.
+        starts: (sequences,), the first key: those before it in the prefix's first block are empty.
+        before: (sequences,), the key that the sequence's first token is.
+    """
+
+    by_sequence: Mapping[int, Prefix]
+    offsets: _Ints
+    starts: _Ints
+    before: _Ints
+
+    @classmethod
+    def of(cls, scheduled: Sequence[ScheduledSequence], block_size: int) -> "_Prefixes":
+        by_sequence = {
+            index: prefix
+            for index, each in enumerate(scheduled)
+            if (prefix := each.sequence.adapters.prefix) is not None
+        }
+        offsets, starts, before = np.zeros((3, len(scheduled)), dtype=np.int64)
+        for index, prefix in by_sequence.items():
+            offsets[index] = prefix.position_offset
+            before[index] = len(scheduled[index].sequence.prefix_blocks) * block_size
+            starts[index] = before[index] - prefix.length
+        return cls(by_sequence, offsets, starts, before)
+
+
+def _ordered(
+    plan: StepPlan, find_adapter: FindAdapter
+) -> tuple[Sequence[Sequence[Correction]], Sequence[ScheduledSequence]]:
     """The base's rows first, then those of each adapter, or of each set of them, together."""
     found = [(_corrections(each, find_adapter), each) for each in plan.scheduled]
-    found.sort(key=lambda pair: [(each.slot, each.weight) for each in pair[0]])
-    items, row = [], 0
-    for corrections, scheduled in found:
-        items.append(StepItem(scheduled, row, corrections))
-        row += scheduled.num_tokens
-    return tuple(items)
+    found.sort(key=itemgetter(0))
+    corrections, scheduled = zip(*found, strict=True)
+    return corrections, scheduled
 
 
-def _corrections(
-    scheduled: ScheduledSequence, find_adapter: FindAdapter
-) -> tuple[_Correction, ...]:
-    return tuple(
-        _Correction(
-            find_adapter(each.adapter_id).slots[each.part], each.weight, each.start, each.end
+def _corrections(scheduled: ScheduledSequence, find_adapter: FindAdapter) -> Sequence[Correction]:
+    return [
+        (
+            find_adapter(each.adapter_id).slots[each.part],
+            each.weight,
+            each.start,
+            sys.maxsize if each.end is None else each.end,
         )
         for each in scheduled.sequence.adapters.activations
-    )
-
-
-def _passes(items: Iterator[Iterator[RowRange | None]]) -> Passes:
-    """The nth range of every item in the nth pass: items share no row."""
-    passes: Passes = []
-    for ranges in items:
-        for index, found in enumerate(each for each in ranges if each is not None):
-            if index == len(passes):
-                passes.append([])
-            passes[index].append(found)
-    return passes
+    ]
 
 
 def _paged(
     scheduled: Sequence[ScheduledSequence],
-    bounds: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
+    prefixes: _Prefixes,
+    rows: _Rows,
+    num_layers: int,
     block_size: int,
     device: torch.device,
-) -> PagedBatch:
+) -> Sequence[PagedBatch]:
     """A sequence's keys are those of its prefix, which ends with a block, and then its tokens'."""
-    tables = [[*each.sequence.prefix_blocks, *each.sequence.block_table] for each in scheduled]
-    # Block j of a table holds the keys j * block_size and on; token i is key before + i.
-    before = np.array([len(each.sequence.prefix_blocks) for each in scheduled]) * block_size
-    context_lens = before + np.array([each.end for each in scheduled])
-    starts = before - np.array([_prefix_length(each) for each in scheduled])
-    padded = np.zeros((len(tables), -(-int(context_lens.max()) // block_size)), dtype=np.int32)
-    for row, table, length in zip(padded, tables, context_lens.tolist(), strict=True):
-        used = -(-length // block_size)
-        row[:used] = table[:used]
-    sequence_of_row = np.repeat(np.arange(len(tables)), np.diff(bounds))
-    keys = indices + before[sequence_of_row]
-    blocks = padded[sequence_of_row, keys // block_size].astype(np.int64)
-    return PagedBatch(
-        cu_seqlens_q=_to(bounds.astype(np.int32), device),
-        context_starts=_to(starts.astype(np.int32), device),
+    # Block j of a table holds the keys j * block_size and on.
+    tables = [each.sequence.block_table for each in scheduled]
+    for index in prefixes.by_sequence:
+        tables[index] = [*scheduled[index].sequence.prefix_blocks, *tables[index]]
+    context_lens = prefixes.before + rows.ends
+    padded = _padded(tables, -(-context_lens // block_size))
+    keys = rows.indices + prefixes.before[rows.sequence]
+    blocks = padded[rows.sequence, keys // block_size].astype(np.int64)
+    batch = PagedBatch(
+        cu_seqlens_q=_to(rows.bounds.astype(np.int32), device),
+        context_starts=_to(prefixes.starts.astype(np.int32), device),
         context_lens=_to(context_lens.astype(np.int32), device),
         block_tables=_to(padded, device),
         slot_mapping=_to(blocks * block_size + keys % block_size, device),
     )
-
-
-def _layers(
-    batch: PagedBatch, scheduled: Sequence[ScheduledSequence], num_layers: int, block_size: int
-) -> Sequence[PagedBatch]:
-    """One batch for all layers, but where a prefix belongs to some of them alone."""
-    partial = {
-        index: prefix.layers
-        for index, each in enumerate(scheduled)
-        if (prefix := each.sequence.adapters.prefix) is not None and prefix.layers is not None
-    }
-    if not partial:
+    if all(prefix.layers is None for prefix in prefixes.by_sequence.values()):
         return [batch] * num_layers
-    batches = []
-    for layer in range(num_layers):
-        starts = batch.context_starts.clone()
-        for index, layers in partial.items():
-            if layer not in layers:
-                starts[index] = len(scheduled[index].sequence.prefix_blocks) * block_size
-        batches.append(replace(batch, context_starts=starts))
-    return batches
+    return [_in_layer(layer, batch, prefixes) for layer in range(num_layers)]
 
 
-def _prefix_length(scheduled: ScheduledSequence) -> int:
-    prefix = scheduled.sequence.adapters.prefix
-    return 0 if prefix is None else prefix.length
+def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int32]:
+    """The first ``used`` blocks of each table as (sequences, most that any uses), zeros behind."""
+    padded = np.zeros((len(tables), used.max()), dtype=np.int32)
+    there = np.arange(padded.shape[1]) < used[:, None]
+    blocks = (table[:number] for table, number in zip(tables, used.tolist(), strict=True))
+    padded[there] = np.fromiter(chain.from_iterable(blocks), np.int32, used.sum())
+    return padded
+
+
+def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes) -> PagedBatch:
+    """The batch where some prefixes are for other layers alone."""
+    starts = batch.context_starts.clone()
+    for index, prefix in prefixes.by_sequence.items():
+        if prefix.layers is not None and layer not in prefix.layers:
+            starts[index] = int(prefixes.before[index])
+    return replace(batch, context_starts=starts)
 
 
 def _to(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:

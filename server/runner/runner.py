@@ -1,11 +1,11 @@
 """Runs one planned step: batch, model, sampler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ...adapters.device.batch import AdapterBatch, RowRange, make_batch
+from ...adapters.device.batch import AdapterBatch, make_batch
 from ...adapters.device.pool import AdapterPool
 from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import DeltaOps
@@ -13,7 +13,7 @@ from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
 from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
-from .batch import FindAdapter, Passes, StepBatch, StepItem, build_batch
+from .batch import FindAdapter, RowSpan, StepBatch, build_batch, passes_of
 from .prefix import load_prefix
 from .sampler import Choice, report_logprobs, sample
 
@@ -71,12 +71,12 @@ class Runner:
         )
         choices = iter(self._sample(batch, hidden))
         results: dict[ScheduledSequence, SequenceResult] = {}
-        for item in batch.items:
-            choice = next(choices) if item.scheduled.samples else Choice(None)
-            results[item.scheduled] = SequenceResult(
+        for index, item in enumerate(batch.scheduled):
+            choice = next(choices) if item.samples else Choice(None)
+            results[item] = SequenceResult(
                 token_id=choice.token_id,
                 logprobs=choice.logprobs,
-                prompt_logprobs=tuple(self._prompt_logprobs(item, hidden)),
+                prompt_logprobs=tuple(self._prompt_logprobs(batch, index, hidden)),
                 error=choice.error,
             )
         return [results[item] for item in plan.scheduled]
@@ -86,33 +86,44 @@ class Runner:
         prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
         load_prefix(self._kv_cache, load, prefixes)
 
-    def _head_deltas(self, passes: Passes) -> AdapterBatch | None:
+    def _head_deltas(self, spans: Iterable[RowSpan]) -> AdapterBatch | None:
         """What adapters change behind the layers; for most that is nothing."""
-        at_head = ([each for each in ranges if self._changes_head(each)] for ranges in passes)
-        return make_batch(self._pool, self._ops, at_head)
-
-    def _changes_head(self, rows: RowRange) -> bool:
-        return self._pool.changes_head(rows.slot)
+        if not self._pool.changes_any_head:
+            return None
+        at_head = (
+            ([each for each in corrections if self._pool.changes_head(each[0])], start, end, row)
+            for corrections, start, end, row in spans
+        )
+        return make_batch(self._pool, self._ops, passes_of(at_head))
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> list[Choice]:
-        sequences = [item.scheduled.sequence for item in batch.items if item.scheduled.samples]
-        if not sequences:
+        sampling = [
+            (item, corrections)
+            for item, corrections in zip(batch.scheduled, batch.corrections, strict=True)
+            if item.samples
+        ]
+        if not sampling:
             return []
-        deltas = self._head_deltas(batch.sample_passes)
-        return sample(self._decoder.logits(hidden[batch.sample_rows], deltas), sequences)
+        deltas = self._head_deltas(
+            (corrections, item.end - 1, item.end, row)
+            for row, (item, corrections) in enumerate(sampling)
+        )
+        logits = self._decoder.logits(hidden[batch.sample_rows], deltas)
+        return sample(logits, [item.sequence for item, _ in sampling])
 
-    def _prompt_logprobs(self, item: StepItem, hidden: Tensor) -> Iterator[TokenLogprobs]:
-        """Of the prompt tokens that follow this step's rows of one item, a few rows at a time."""
-        scheduled = item.scheduled
-        num_top = scheduled.sequence.sampling.prompt_logprobs
-        last = min(scheduled.end, scheduled.sequence.prompt_len - 1)
+    def _prompt_logprobs(
+        self, batch: StepBatch, index: int, hidden: Tensor
+    ) -> Iterator[TokenLogprobs]:
+        """Of the prompt tokens that follow this step's rows of one sequence, a few at a time."""
+        item, corrections = batch.scheduled[index], batch.corrections[index]
+        num_top = item.sequence.sampling.prompt_logprobs
+        last = min(item.end, item.sequence.prompt_len - 1)
         if num_top is None:
             return
-        for start in range(scheduled.start, last, _HEAD_ROWS):
+        for start in range(item.start, last, _HEAD_ROWS):
             end = min(start + _HEAD_ROWS, last)
-            first_row = item.first_row + start - scheduled.start
-            ranges = (each for each in item.ranges(start, end, 0) if each is not None)
-            deltas = self._head_deltas([[each] for each in ranges])
-            logits = self._decoder.logits(hidden[first_row : first_row + end - start], deltas)
-            next_tokens = scheduled.sequence.token_ids[start + 1 : end + 1]
+            row = batch.first_rows[index] + start - item.start
+            deltas = self._head_deltas([(corrections, start, end, 0)])
+            logits = self._decoder.logits(hidden[row : row + end - start], deltas)
+            next_tokens = item.sequence.token_ids[start + 1 : end + 1]
             yield from report_logprobs(logits, next_tokens, num_top)

@@ -21,7 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltamux.adapters.checkpoint import Checkpoint, ConfigFile, open_checkpoint, open_config
-from deltamux.adapters.errors import AdapterCorrupt, AdapterError, AdapterUnsupported
+from deltamux.adapters.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterTooLarge,
+    AdapterUnsupported,
+)
 from deltamux.adapters.files import HEAD_FILES, WEIGHT_FILES
 from deltamux.adapters.formats import adapterhub_bottleneck, adapterhub_lora
 from deltamux.adapters.inspect import describe
@@ -329,14 +334,50 @@ def test_a_shape_that_only_a_header_can_have(
         lower(folder, good.base, ROOM)
 
 
-def refused_folders() -> list[str]:
-    return [
-        *(variant.name for variant in REFUSED_VARIANTS),
-        *(each.name for each in REFUSED_GOLDENS),
-    ]
+EXPANDING = ("peft/llama/randlora-sparse", "peft/llama/miss-bat")
 
 
-@pytest.mark.parametrize("name", refused_folders())
+@pytest.mark.parametrize("name", [*EXPANDING, "plain/llama/said"])
+def test_what_expands_beyond_its_room_is_refused_before_it_does(
+    name: str, subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = subject(name)
+
+    def touched(*_: object) -> None:
+        raise AssertionError("it was lowered")
+
+    for reader in ("linear", "embedding"):
+        monkeypatch.setattr(good.base, reader, touched)
+    tensors = good.checkpoint.tensors.values()
+    room = sum(each.numel() for each in tensors) * good.base.dtype.itemsize
+    with pytest.raises(AdapterTooLarge, match=r"would take \d+ numbers or more on this base"):
+        lower(good.config.folder, good.base, room)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("vera-regenerated", 400), ("randlora-sparse", 4000)])
+def test_a_seed_stands_for_no_more_than_the_base_justifies(
+    name: str, rank: int, subject: Callable[[str], Subject]
+) -> None:
+    good = subject(f"peft/llama/{name}")
+    tensors = {}
+    for key, tensor in good.checkpoint.tensors.items():
+        if key.endswith("lambda_d"):
+            tensors[key] = torch.ones(rank)
+        elif key.endswith(("randlora_lambda", "randlora_gamma")):
+            tensors[key] = torch.ones((rank, 1) if "lambda" in key else (1, tensor.shape[1]))
+        else:
+            tensors[key] = tensor
+    fields = {**good.config.fields, "r": rank}
+    changed = replace(good.checkpoint, config=fields, tensors=tensors)
+    parsed = find_kind(good.config).parse(changed)
+    with pytest.raises(AdapterUnsupported, match=f"random matrices of rank {rank}"):
+        parsed.lower(good.base)
+
+
+NOT_SERVED = [each.name for each in (*REFUSED_VARIANTS, *REFUSED_GOLDENS)]
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
 def test_what_is_refused_by_name_is_so_without_a_base(
     name: str, subject: Callable[[str], Subject], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

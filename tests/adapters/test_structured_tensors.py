@@ -95,17 +95,17 @@ def test_sparse_indices_are_checked(
         saved.lower(tensors=saved.with_tensor(name, change(tensor)))
 
 
-@pytest.mark.parametrize("name", ["vera, drawn", "vblora", "hra"])
-def test_a_huge_rank_takes_no_more_than_whole_matrices(name: str, load: Load) -> None:
+@pytest.mark.parametrize(("name", "most"), [("vera, drawn", 190), ("vblora", 4095), ("hra", 4095)])
+def test_a_huge_rank_takes_no_more_than_whole_matrices(name: str, most: int, load: Load) -> None:
     saved = load(name)
     rank = saved.checkpoint.config["r"]
     wide = {
-        path: torch.cat([tensor] * (4095 // rank), dim=tensor.shape.index(rank))
+        path: torch.cat([tensor] * (most // rank), dim=tensor.shape.index(rank))
         if rank in tensor.shape
         else tensor
         for path, tensor in saved.checkpoint.tensors.items()
     }
-    (part,) = saved.lower(tensors=wide, r=4095 // rank * rank).parts
+    (part,) = saved.lower(tensors=wide, r=most // rank * rank).parts
     for primitive in part.primitives:
         target = saved.base.layout.targets[primitive.path]
         stored = sum(tensor.numel() for tensor in primitive.tensors)
