@@ -426,6 +426,12 @@ DEMOS = (
         live_differs=True,
     ),
     Variant(
+        "loreft",  # its orthogonal parametrisation stores hidden x hidden a layer: 1.3 MB
+        LoReftConfig(r=2, layers=DEMO_LAYERS[:1], tied_weights=True),
+        DEMO,
+        lengths=(2, 9, 23),
+    ),
+    Variant(
         "double_seq_bn",
         DoubleSeqBnConfig(reduction_factor=144, leave_out=DEMO_LEAVES_OUT),
         DEMO,

@@ -93,7 +93,7 @@ def differences(case: Case, answer: httpx.Response) -> str | None:
         abs(got - wanted)
         for got, wanted in zip(choice["logprobs"]["token_logprobs"], case.logprobs, strict=True)
     )
-    return f"log-probabilities differ by {worst}" if worst > TOLERANCE else None
+    return None if worst <= TOLERANCE else f"log-probabilities differ by {worst}"
 
 
 def served_answers(model: Path, cases: list[Case], folder: Path) -> dict[str, list[str]]:
