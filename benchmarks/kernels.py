@@ -159,9 +159,9 @@ def correction_case(
     table = pool.table(torch.tensor(cells))
     starts = tuple(sum(widths[:t]) for t in range(len(widths)))
     targets = [SiteTargets(layer * len(widths), starts, widths) for layer in range(LAYERS)]
-    rows = torch.arange(0, (adapters + 1) * rows_each, rows_each, dtype=torch.int32)
-    slots = torch.arange(adapters, dtype=torch.int32)
-    segments = Segments(rows[:-1].clone(), rows[1:].clone(), slots, torch.ones(adapters))
+    segments = Segments.of(
+        [(slot * rows_each, (slot + 1) * rows_each, slot, 1.0) for slot in range(adapters)]
+    )
     x = torch.randn(adapters * rows_each, in_size).to(DTYPE)
     y = torch.zeros(adapters * rows_each, sum(widths), dtype=DTYPE)
     return Case(
@@ -195,6 +195,8 @@ def attention_case(sequences: int, q_len: int, context: int) -> Case:
         context_lens=torch.full((sequences,), context, dtype=torch.int32),
         block_tables=torch.randperm(blocks, dtype=torch.int32).view(sequences, -1),
         slot_mapping=torch.zeros(sequences * q_len, dtype=torch.int64),
+        max_seqlen_q=q_len,
+        max_context_len=context,
     )
     query = torch.randn(sequences * q_len, HEADS, HEAD_DIM).to(DTYPE)
     return Case(

@@ -5,9 +5,13 @@ primitive's ``Cell`` in its ``op`` module: sizes, and where in the pool each ten
 whose first field is negative is empty: the adapter in that slot leaves that place alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 
@@ -38,12 +42,47 @@ class Segments:
         end: (segments,) int32, one past the last row.
         adapter_slot: (segments,) int32.
         weight: (segments,) float32, what a request multiplies its adapter's correction by.
+        rows: (n,) int64, every row that is in a segment.
+        max_rows: Rows of the longest segment, known without looking at the tensors.
+        max_inner: Bound on the inner width (a rank, say) of these adapters' cells.
     """
 
     start: Tensor
     end: Tensor
     adapter_slot: Tensor
     weight: Tensor
+    rows: Tensor
+    max_rows: int
+    max_inner: int
+
+    @classmethod
+    def of(
+        cls,
+        ranges: Sequence[tuple[int, int, int, float]],
+        max_inner: int = 0,
+        place: Callable[[npt.NDArray[Any]], Tensor] = torch.from_numpy,
+    ) -> "Segments":
+        """Segments of known rows.
+
+        Args:
+            ranges: First row, one past the last, adapter slot and weight of each.
+            max_inner: Of their adapters.
+            place: Brings an array to the device.
+        """
+        columns = np.array(ranges, dtype=np.float64).reshape(-1, 4)
+        start, end, slot = columns[:, :3].astype(np.int32).T.copy()
+        lengths = (end - start).clip(min=0)
+        first_of_each = np.repeat(start - (lengths.cumsum() - lengths), lengths)
+        rows = np.arange(lengths.sum()) + first_of_each
+        return cls(
+            place(start),
+            place(end),
+            place(slot),
+            place(columns[:, 3].astype(np.float32)),
+            place(rows.astype(np.int64)),
+            int(lengths.max(initial=0)),
+            max_inner,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,10 @@
 """Models that several test files share, made at most once per session."""
 
 import os
+
+# Before anything imports triton, which reads it once: kernels are interpreted in this process.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 

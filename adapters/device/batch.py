@@ -5,11 +5,12 @@ than one adapter slot, so that a kernel may compute a pass's segments in any ord
 step has one pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -182,6 +183,8 @@ def make_batch(
     if not by_type:
         return None
 
+    place = partial(_place, pool.device)
+
     def present(kind: type[Primitive], op: Op) -> _Present[Op] | None:
         selected = by_type.get(kind)
         if selected is None:
@@ -191,14 +194,14 @@ def make_batch(
             op,
             pool.tables[kind],
             pool.rows_of(kind, slots),
-            tuple(_segments(ranges, pool.device) for ranges in selected),
+            tuple(Segments.of(ranges, pool.inner_of(kind, slots), place) for ranges in selected),
         )
 
     transforms = present(InputTransform, ops.transform_input)
     return AdapterBatch(
         _inputs=None
         if transforms is None
-        else _input_transforms(transforms, by_type[InputTransform], pool.device),
+        else _input_transforms(transforms, by_type[InputTransform], place),
         _linear=_there(present(kind, op) for kind, op in _linear_ops(ops)),
         _embeddings=_there(
             (
@@ -251,28 +254,25 @@ def _joined(ranges: Iterable[RowRange]) -> list[RowRange]:
     return joined
 
 
-def _segments(ranges: Sequence[RowRange], device: torch.device) -> Segments:
-    *bounds_and_slots, weights = zip(*ranges, strict=True)
-    columns = [np.array(each, dtype=np.int32) for each in bounds_and_slots]
-    columns.append(np.array(weights, dtype=np.float32))
-    return Segments(*(torch.from_numpy(each).to(device, non_blocking=True) for each in columns))
-
-
 def _input_transforms(
-    present: _Present[TransformInput], passes: Sequence[Sequence[RowRange]], device: torch.device
+    present: _Present[TransformInput],
+    passes: Sequence[Sequence[RowRange]],
+    place: Callable[[npt.NDArray[Any]], Tensor],
 ) -> _InputTransforms:
-    rows: list[int] = []
-    appended = []
+    first, appended = 0, []
     for ranges in passes:
         moved = []
         for each in ranges:
-            start = len(rows)
-            rows.extend(range(each.start, each.end))
-            moved.append(RowRange(start, len(rows), each.slot, each.weight))
-        appended.append(_segments(moved, device))
-    return _InputTransforms(
-        present, torch.tensor(rows, dtype=torch.int64).to(device), tuple(appended)
-    )
+            end = first + each.end - each.start
+            moved.append(RowRange(first, end, each.slot, each.weight))
+            first = end
+        appended.append(Segments.of(moved, place=place))
+    rows = torch.cat([segments.rows for segments in present.passes])
+    return _InputTransforms(present, rows, tuple(appended))
+
+
+def _place(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":

@@ -4,7 +4,7 @@ The buffer is allocated once and never moves, so that the tables handed to the k
 Installing an adapter writes its tensors and a cell per primitive; removing it empties the cells.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ class AdapterPool:
         self._extents = Extents(capacity_bytes, ALIGNMENT_BYTES)
         self._free_slots = list(reversed(range(num_slots)))
         self._placements: set[Placement] = set()
-        self._types: dict[int, frozenset[type[Primitive]]] = {}
+        self._inner_sizes: dict[int, Mapping[type[Primitive], int]] = {}
         self._head_path = layout.head_path
         self._at_head: set[int] = set()
         self._buffer = torch.empty(self._extents.capacity, dtype=torch.uint8, device=device)
@@ -83,9 +83,13 @@ class AdapterPool:
         """Bytes of the buffer."""
         return self._extents.capacity
 
-    def types_in(self, slot: int) -> frozenset[type[Primitive]]:
+    def types_in(self, slot: int) -> Collection[type[Primitive]]:
         """The types of the primitives of the part in this slot."""
-        return self._types[slot]
+        return self._inner_sizes[slot].keys()
+
+    def inner_of(self, kind: type[Primitive], slots: Sequence[int]) -> int:
+        """The largest inner width of this type's primitives in the slots, each of which has one."""
+        return max(self._inner_sizes[slot][kind] for slot in slots)
 
     def rows_of(self, kind: type[Primitive], slots: Sequence[int]) -> tuple[bool, ...]:
         """Of every row of the type's table, whether any of the slots has a cell there."""
@@ -157,7 +161,7 @@ class AdapterPool:
         self._placements.remove(placement)
         self._extents.release(placement.starts)
         for slot in placement.slots:
-            for kind in self._types.pop(slot):
+            for kind in self._inner_sizes.pop(slot):
                 self.tables[kind].cells[:, slot] = _EMPTY
                 self._occupied[kind][:, slot] = False
             self._at_head.discard(slot)
@@ -172,7 +176,7 @@ class AdapterPool:
         taken = [slot for each in self._placements for slot in each.slots]
         if sorted([*self._free_slots, *taken]) != list(range(self._num_slots)):
             raise ExtentError("some adapter slot is neither free nor in use, or both")
-        if sorted(self._types) != sorted(taken):
+        if sorted(self._inner_sizes) != sorted(taken):
             raise ExtentError("the types of a free adapter slot are known, or of one in use not")
         for kind, table in self.tables.items():
             if ((table.cells[:, :, 0] != _EMPTY).cpu().numpy() != self._occupied[kind]).any():
@@ -186,7 +190,10 @@ class AdapterPool:
             columns.setdefault(type(each), {})[each.row] = each.cell(offsets)
             if each.path == self._head_path:
                 self._at_head.add(slot)
-        self._types[slot] = frozenset(columns)
+        self._inner_sizes[slot] = {
+            kind: max(each.inner_size for each in part.primitives if type(each) is kind)
+            for kind in columns
+        }
         for kind, cells in columns.items():
             rows = list(cells)
             values = torch.tensor(list(cells.values()), dtype=torch.int64)

@@ -35,6 +35,11 @@ class _OnEmbedding:
         """The embedding's path."""
         return self.site.path
 
+    @property
+    def inner_size(self) -> int:
+        """A row of A is read, not computed."""
+        return 0
+
 
 @dataclass(frozen=True)
 class EmbeddingRows(_OnEmbedding):

@@ -48,6 +48,11 @@ class NormOverride:
         return self.site.path
 
     @property
+    def inner_size(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+    @property
     def is_sum(self) -> bool:
         """It replaces."""
         return False
@@ -108,6 +113,11 @@ class Bottleneck:
         return self.layer.path
 
     @property
+    def inner_size(self) -> int:
+        """Rows of the projections."""
+        return self.down.shape[0]
+
+    @property
     def is_sum(self) -> bool:
         """It adds to the half's output."""
         return True
@@ -156,6 +166,11 @@ class SideAttention:
     def path(self) -> str:
         """The attention's path."""
         return self.layer.attention_path
+
+    @property
+    def inner_size(self) -> int:
+        """Its attention keeps nothing."""
+        return 0
 
     @property
     def is_sum(self) -> bool:

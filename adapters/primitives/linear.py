@@ -47,6 +47,11 @@ class _OnTarget:
         """Most corrections of a linear module are."""
         return True
 
+    @property
+    def inner_size(self) -> int:
+        """Most are one product."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Affine(_OnTarget):
@@ -74,6 +79,11 @@ class Affine(_OnTarget):
     def rank(self) -> int:
         """Rows of A and of B."""
         return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def inner_size(self) -> int:
+        """The rank."""
+        return self.rank
 
     @property
     def is_sum(self) -> bool:
@@ -169,6 +179,11 @@ class Kronecker(_OnTarget):
     def num_fields(cls) -> int:
         """See ``Primitive``."""
         return len(kronecker.Cell._fields)
+
+    @property
+    def inner_size(self) -> int:
+        """X Rᵀ, (m, k)."""
+        return self.left.shape[1] * (self.right if self.up is None else self.up).shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

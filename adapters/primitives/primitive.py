@@ -45,6 +45,11 @@ class Primitive(Protocol):
         ...
 
     @property
+    def inner_size(self) -> int:
+        """Width of what a kernel keeps for a row between two products, 0 where there is one."""
+        ...
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it stores: numbers in the base's dtype, indices as int32.
 

@@ -28,6 +28,8 @@ class PagedBatch:
         context_lens: (sequences,) int32, one past the last key that its last row sees.
         block_tables: (sequences, max_blocks) int32; entries past a sequence's context are not read.
         slot_mapping: (rows,) int64, block * block_size + offset where each row's key and value go.
+        max_seqlen_q: Bound on the rows of a sequence, known without looking at the tensors.
+        max_context_len: Bound on ``context_lens``, likewise.
     """
 
     cu_seqlens_q: Tensor
@@ -35,6 +37,8 @@ class PagedBatch:
     context_lens: Tensor
     block_tables: Tensor
     slot_mapping: Tensor
+    max_seqlen_q: int
+    max_context_len: int
 
 
 WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

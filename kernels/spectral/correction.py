@@ -101,6 +101,9 @@ def _find_blocks(slots: Tensor, segments: Segments) -> Iterator[_Block]:
             2 * (end - first).clamp(0, BLOCK_ROWS),
             segments.adapter_slot[found],
             segments.weight[found],
+            segments.rows,
+            2 * BLOCK_ROWS,
+            segments.max_inner,
         )
         yield _Block(_as_slice(index[first : first + BLOCK_ROWS]), parts)
 

@@ -161,4 +161,6 @@ def _one_sequence(length: int, device: torch.device) -> PagedBatch:
         context_lens=bounds[1:],
         block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
         slot_mapping=torch.arange(length, device=device),
+        max_seqlen_q=length,
+        max_context_len=length,
     )

@@ -209,6 +209,8 @@ def _paged(
         context_lens=_to(context_lens.astype(np.int32), device),
         block_tables=_to(padded, device),
         slot_mapping=_to(blocks * block_size + keys % block_size, device),
+        max_seqlen_q=int(np.diff(rows.bounds).max()),
+        max_context_len=int(context_lens.max()),
     )
     if all(prefix.layers is None for prefix in prefixes.by_sequence.values()):
         return [batch] * num_layers

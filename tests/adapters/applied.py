@@ -115,12 +115,7 @@ class Applied:
         return out
 
     def _segments(self, rows: Tensor) -> Segments:
-        return Segments(
-            start=torch.tensor([0], dtype=torch.int32),
-            end=torch.tensor([len(rows)], dtype=torch.int32),
-            adapter_slot=torch.tensor([0], dtype=torch.int32),
-            weight=torch.tensor([self.weight]),
-        )
+        return Segments.of([(0, len(rows), 0, self.weight)])
 
 
 def apply_linear(lowered: Lowered, base: Base, target: LinearTarget, x: Tensor) -> Tensor:

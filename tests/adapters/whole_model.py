@@ -39,6 +39,8 @@ def logits(base: ServedBase, adapter: LoweredAdapter, tokens: Sequence[int]) -> 
         context_lens=torch.tensor([start + length], dtype=torch.int32),
         block_tables=torch.zeros((1, 1), dtype=torch.int32),
         slot_mapping=torch.arange(start, start + length),
+        max_seqlen_q=length,
+        max_context_len=start + length,
     )
     positions = torch.arange(length) + (0 if prefix is None else prefix.position_offset)
     deltas = make_batch(pool, reference_backend().deltas, passes)

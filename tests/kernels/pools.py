@@ -44,19 +44,16 @@ class Pool:
         return PrimitiveTable(table, words.view(self.dtype), words)
 
 
+MAX_INNER = 256
+"""Of any adapter in the tests."""
+
 FIRST = 2
 """The first row of a table that is not poison."""
 
 
 def segments_of(groups: Sequence[tuple[int, int, int, float]]) -> Segments:
     """Of (first row, one past the last, adapter slot, weight) each."""
-    start, end, slot, weight = zip(*groups, strict=True) if groups else ((), (), (), ())
-    return Segments(
-        torch.tensor(start, dtype=torch.int32),
-        torch.tensor(end, dtype=torch.int32),
-        torch.tensor(slot, dtype=torch.int32),
-        torch.tensor(weight, dtype=torch.float32),
-    )
+    return Segments.of(groups, MAX_INNER)
 
 
 def strided_rows(rows: int, size: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

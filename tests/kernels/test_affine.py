@@ -118,7 +118,7 @@ def check(backend: Backend, site: Site, rows: int, groups: Groups) -> None:
     assert same_bits(outside, poison), "columns beside the view were written"
 
 
-@pytest.fixture(params=["compiled", "reference"])
+@pytest.fixture(params=["compiled", "reference", "interpreted"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.getfixturevalue(request.param)
 

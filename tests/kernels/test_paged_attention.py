@@ -73,6 +73,8 @@ def make_step(
         context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
         block_tables=tables,
         slot_mapping=torch.cat(slots),
+        max_seqlen_q=max(q_len for q_len, _ in lens),
+        max_context_len=max(context for _, context in lens),
     )
     return Step(wide[:, :heads], *caches, batch, tuple(dense[0]), tuple(dense[1]))
 
@@ -122,6 +124,8 @@ def single(step: Step, sequence: int, first: int, last: int) -> Step:
         torch.tensor([context], dtype=torch.int32),
         batch.block_tables[sequence : sequence + 1],
         batch.slot_mapping[start + first : start + last],
+        max_seqlen_q=last - first,
+        max_context_len=context,
     )
     return replace(step, query=step.query[start + first : start + last], batch=alone)
 

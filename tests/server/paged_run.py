@@ -65,6 +65,8 @@ class PagedRun:
             context_lens=torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             slot_mapping=torch.tensor(slots),
+            max_seqlen_q=max(lengths),
+            max_context_len=max(end for _, _, end in chunks),
         )
 
 

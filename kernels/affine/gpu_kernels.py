@@ -1,0 +1,144 @@
+"""The device code of ``gpu``: shrink and expand."""
+
+import triton
+import triton.language as tl
+
+from ..gpu.device import choose, dot, dot_wide, find_cell, load_optional, rounded, tensor_at, wide
+
+
+@triton.jit
+def shrink_kernel(
+    h,
+    x,
+    cells,
+    numbers,
+    seg_start,
+    seg_end,
+    seg_slot,
+    first,
+    num_slots,
+    in_size,
+    x_stride,
+    num_rows,
+    max_inner,
+    FIELDS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """h[split, t, i, :] = A[:, k in split] x[i, k in split] for one segment, target and split."""
+    segment, target, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, rank_start = part % SPLITS, (part // SPLITS) * BLOCK_RANK
+    start, end = tl.load(seg_start + segment), tl.load(seg_end + segment)
+    cell = find_cell(cells, first + target, num_slots, tl.load(seg_slot + segment), FIELDS)
+    rank = tl.load(cell).to(tl.int32)
+    if (start < end) & (rank_start < rank):
+        r = rank_start + tl.arange(0, BLOCK_RANK)
+        a = tensor_at(numbers, cell, 1)
+        plane = h + wide(split * tl.num_programs(1) + target) * num_rows * max_inner
+        for row in range(start, end, BLOCK_ROWS):
+            i = tl.arange(0, BLOCK_ROWS)
+            there = i < end - row
+            x_rows = x + wide(row) * x_stride
+            acc = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+            for block in range(split * BLOCK_IN, in_size, SPLITS * BLOCK_IN):
+                k = block + tl.arange(0, BLOCK_IN)
+                left = tl.load(
+                    x_rows + i[:, None] * x_stride + k[None, :],
+                    mask=there[:, None] & (k < in_size)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    a + r[None, :] * in_size + k[:, None],
+                    mask=(r < rank)[None, :] & (k < in_size)[:, None],
+                    other=0.0,
+                )
+                if BLOCK_ROWS == 1:
+                    product = tl.trans(left).to(tl.float32) * right.to(tl.float32)
+                    acc += tl.sum(product, axis=0)[None, :]
+                else:
+                    acc = dot(left, right, acc)
+            h_rows = plane + wide(row) * max_inner
+            at = h_rows + i[:, None] * max_inner + r[None, :]
+            tl.store(at, acc, mask=there[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y,
+    h,
+    cells,
+    numbers,
+    seg_start,
+    seg_end,
+    seg_slot,
+    seg_weight,
+    first,
+    num_slots,
+    y_stride,
+    num_rows,
+    max_inner,
+    num_targets,
+    out_start_0,
+    out_start_1,
+    out_start_2,
+    out_start_3,
+    out_size_0,
+    out_size_1,
+    out_size_2,
+    out_size_3,
+    FIELDS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """y = g * y + w (h B + c) over one segment, target and block of columns."""
+    segment, target, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    out_start = choose(target, out_start_0, out_start_1, out_start_2, out_start_3)
+    out_size = choose(target, out_size_0, out_size_1, out_size_2, out_size_3)
+    start, end = tl.load(seg_start + segment), tl.load(seg_end + segment)
+    cell = find_cell(cells, first + target, num_slots, tl.load(seg_slot + segment), FIELDS)
+    rank = tl.load(cell).to(tl.int32)
+    if (start < end) & (rank >= 0) & (block * BLOCK_OUT < out_size):
+        column = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        inside = column < out_size
+        b = tensor_at(numbers, cell, 2)
+        c = load_optional(numbers, cell, 3, column, out_size, 0.0)
+        g = load_optional(numbers, cell, 4, column, out_size, 1.0)
+        weight = tl.load(seg_weight + segment)
+        plane_size = wide(num_rows) * max_inner
+        for row in range(start, end, BLOCK_ROWS):
+            i = tl.arange(0, BLOCK_ROWS)
+            there = i < end - row
+            h_rows = h + target * plane_size + wide(row) * max_inner
+            acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+            for rank_start in range(0, rank, BLOCK_RANK):
+                r = rank_start + tl.arange(0, BLOCK_RANK)
+                left = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+                for split in range(SPLITS):
+                    left += tl.load(
+                        h_rows
+                        + split * num_targets * plane_size
+                        + i[:, None] * max_inner
+                        + r[None, :],
+                        mask=there[:, None] & (r < rank)[None, :],
+                        other=0.0,
+                    )
+                right = tl.load(
+                    b + r[:, None] * out_size + column[None, :],
+                    mask=(r < rank)[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                if BLOCK_ROWS == 1:
+                    product = tl.trans(left) * right.to(tl.float32)
+                    acc += tl.sum(product, axis=0)[None, :]
+                else:
+                    acc = dot_wide(left, right, acc)
+            y_rows = y + wide(row) * y_stride + out_start
+            at = y_rows + i[:, None] * y_stride + column[None, :]
+            mask = there[:, None] & inside[None, :]
+            base = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            result = g[None, :] * base + weight * (acc + c[None, :])
+            tl.store(at, rounded(result, y.dtype.element_ty), mask=mask)
