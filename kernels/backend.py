@@ -76,7 +76,9 @@ class Backend:
     """The operations the model calls; each field's contract stands in its ``op`` module.
 
     Attributes:
-        name: ``compiled`` or ``reference``, shown at start-up and by ``/version``.
+        pads_decode: Whether steps of one row a sequence may be padded by rows without a context,
+            whose slot is -1.
+        name: ``compiled``, ``triton`` or ``reference``, shown at start-up and by ``/version``.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Backend:
     add_rms_norm: AddRMSNorm
     rotary: Rotary
     silu_mul: SiluMul
+    pads_decode: bool = False
 
 
 def reference_backend() -> Backend:
@@ -132,23 +135,32 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
     )
 
 
-def select_backend(name: str, dtype: torch.dtype, cache_dir: Path | None = None) -> Backend:
+def select_backend(
+    name: str, dtype: torch.dtype, device: torch.device, cache_dir: Path | None = None
+) -> Backend:
     """The backend of this name for a model in ``dtype``; ``auto`` is the fastest that works here.
 
     Raises:
         CompilerError: ``compiled`` was asked for and cannot be built.
-        ValueError: There is no backend of this name, or ``compiled`` has no kernels for ``dtype``.
+        ValueError: There is no backend of this name, or it has no kernels for device or dtype.
     """
+    on_gpu = device.type == "cuda"
     match name:
         case "auto":
-            return _fastest_backend(dtype, cache_dir)
-        case "compiled":
-            if dtype not in DTYPES:
-                raise ValueError(_no_kernels(dtype))
+            return _triton_backend() if on_gpu else _fastest_backend(dtype, cache_dir)
+        case "triton" if on_gpu:
+            return _triton_backend()
+        case "triton":
+            raise ValueError("Triton's kernels need a GPU; interpret runs them on the CPU, slowly")
+        case "interpret" if not on_gpu:
+            return _interpreted_backend()
+        case "compiled" if dtype in DTYPES and not on_gpu:
             return compiled_backend(cache_dir)
+        case "compiled":
+            raise ValueError("compiled kernels are for the CPU" if on_gpu else _no_kernels(dtype))
         case "reference":
             return reference_backend()
-    raise ValueError(f"unknown backend {name!r}: choose auto, compiled or reference")
+    raise ValueError(f"there is no backend {name!r} for {device.type}")
 
 
 def _reference_deltas() -> DeltaOps:
@@ -187,6 +199,19 @@ def _compiled_deltas(library: ctypes.CDLL) -> DeltaOps:
         add_bottleneck=CompiledBottleneck(library).add_bottleneck,
         add_side_attention=CompiledSideAttention(library).add_side_attention,
     )
+
+
+def _triton_backend() -> Backend:
+    # Here and not above: triton takes a while to import, and reads TRITON_INTERPRET when it is.
+    from .gpu.backend import measured_on_this_device, triton_backend
+
+    return triton_backend(measured_on_this_device())
+
+
+def _interpreted_backend() -> Backend:
+    from .gpu.backend import interpreted_backend
+
+    return interpreted_backend()
 
 
 def _fastest_backend(dtype: torch.dtype, cache_dir: Path | None) -> Backend:

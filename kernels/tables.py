@@ -61,6 +61,7 @@ class Segments:
         ranges: Sequence[tuple[int, int, int, float]],
         max_inner: int = 0,
         place: Callable[[npt.NDArray[Any]], Tensor] = torch.from_numpy,
+        bucket: int | None = None,
     ) -> "Segments":
         """Segments of known rows.
 
@@ -68,19 +69,31 @@ class Segments:
             ranges: First row, one past the last, adapter slot and weight of each.
             max_inner: Of their adapters.
             place: Brings an array to the device.
+            bucket: Rows of a captured step, whose shapes and bounds stay as they are from batch to
+                batch: empty segments are added until there are as many as rows, and ``rows`` names
+                every row, those of no segment last.
         """
         columns = np.array(ranges, dtype=np.float64).reshape(-1, 4)
-        start, end, slot = columns[:, :3].astype(np.int32).T.copy()
-        lengths = (end - start).clip(min=0)
-        first_of_each = np.repeat(start - (lengths.cumsum() - lengths), lengths)
+        bounds, weight = columns[:, :3].astype(np.int32), columns[:, 3].astype(np.float32)
+        lengths = (bounds[:, 1] - bounds[:, 0]).clip(min=0)
+        max_rows = int(lengths.max(initial=0))
+        first_of_each = np.repeat(bounds[:, 0] - (lengths.cumsum() - lengths), lengths)
         rows = np.arange(lengths.sum()) + first_of_each
+        if bucket is not None:
+            missing = bucket - len(bounds)
+            bounds = np.pad(bounds, ((0, missing), (0, 0)))
+            weight = np.pad(weight, (0, missing))
+            rows = np.concatenate((rows, np.setdiff1d(np.arange(bucket), rows)))
+            max_rows = 1 if max_rows <= 1 else bucket
+            max_inner = 1 << max(max_inner - 1, 0).bit_length() if max_inner else 0
+        start, end, slot = bounds.T.copy()
         return cls(
             place(start),
             place(end),
             place(slot),
-            place(columns[:, 3].astype(np.float32)),
+            place(weight),
             place(rows.astype(np.int64)),
-            int(lengths.max(initial=0)),
+            max_rows,
             max_inner,
         )
 

@@ -158,15 +158,13 @@ def cli() -> None:
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    callback=_refuse("cuda"),
-    help="Where the base lives.",
+    help="Where the base lives; auto: on an NVIDIA GPU where there is one.",
 )
 @_option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
-    callback=_refuse("float16"),
-    help="auto: bfloat16 where the processor computes in it, else float32.",
+    help="auto: bfloat16 where the device computes in it, else float16 on a GPU, float32 on a CPU.",
 )
 @_option(
     "--quantization",
@@ -230,9 +228,10 @@ def cli() -> None:
 )
 @_option(
     "--kernels",
-    type=click.Choice(["auto", "compiled", "reference"]),
+    type=click.Choice(["auto", "compiled", "triton", "interpret", "reference"]),
     default="auto",
-    help="Device operations: compiled C++, or plain torch.",
+    help="Device operations: compiled C++ on the CPU, Triton's on a GPU, those interpreted on the "
+    "CPU, or plain torch.",
 )
 @click.option(
     "--config",
@@ -249,13 +248,12 @@ def serve(
     adapter: tuple[tuple[str, Path], ...],
     adapter_dir: tuple[Path, ...],
     tenants: Path | None,
-    device: str,
     quantization: str,
     no_prefix_caching: bool,
     **options: Any,
 ) -> None:
     """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
-    del device, quantization
+    del quantization
     if tenants is not None:
         raise click.UsageError(
             f"--tenants {_LATER}; without it the server is open to whom it listens to"
@@ -305,13 +303,13 @@ def inspect(path: Path) -> None:
         click.echo(f"{name + ':':<14}{value}")
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1)
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Benchmarks (later release; benchmarks/serve.py is the load generator of this one)."""
-    raise click.UsageError(
-        f"bench {' '.join(arguments)} {_LATER}; benchmarks/serve.py measures a running server"
-    )
+    """Measure kernels, compile them for GPUs that are not there, count what a step must cost."""
+    from ..benchmarks.cli import bench as command
+
+    sys.exit(command.main(list(arguments), prog_name="deltamux bench", standalone_mode=False))
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -21,6 +21,7 @@ class ServeConfig:
     state_dir: Path
     host: str
     port: int
+    device: str
     dtype: str
     kernels: str
     max_model_len: int | None

@@ -109,7 +109,7 @@ def _engine_config(config: ServeConfig, folder: Path) -> EngineConfig:
     return EngineConfig(
         model_folder=str(folder),
         dtype=config.dtype,
-        device="cpu",
+        device=config.device,
         kernels=config.kernels,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -5,9 +5,8 @@ than one adapter slot, so that a kernel may compute a pass's segments in any ord
 step has one pass.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy.typing as npt
@@ -39,6 +38,9 @@ from ..primitives.primitive import Primitive
 from .pool import AdapterPool
 
 Op = TypeVar("Op")
+
+Place = Callable[[npt.NDArray[Any]], Tensor]
+"""Brings an array to the device; it need not be there before kernels are launched."""
 
 
 class RowRange(NamedTuple):
@@ -120,6 +122,25 @@ class AdapterBatch:
     _bottlenecks: _Present[AddBottleneck] | None
     _side_attention: _Present[AddSideAttention] | None
 
+    @property
+    def shape(self) -> Hashable:
+        """What a captured step depends on: which operations run, on segments of what bounds."""
+        transforms = None if self._inputs is None else self._inputs.present
+        present: tuple[_Present[Any] | None, ...] = (
+            transforms,
+            *self._linear,
+            *self._embeddings,
+            self._norms,
+            self._bottlenecks,
+            self._side_attention,
+        )
+        return tuple(
+            (id(each.table), each.rows, segments.max_rows, segments.max_inner)
+            for each in present
+            if each is not None
+            for segments in each.passes
+        )
+
     def linear(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
         """The site's output (rows, out) for x (rows, in), every row corrected by its adapters."""
         if self._inputs is not None and self._inputs.present.is_at(targets):
@@ -167,7 +188,11 @@ class AdapterBatch:
 
 
 def make_batch(
-    pool: AdapterPool, ops: DeltaOps, passes: Iterable[Sequence[RowRange]]
+    pool: AdapterPool,
+    ops: DeltaOps,
+    passes: Iterable[Sequence[RowRange]],
+    place: Place = torch.from_numpy,
+    bucket: int | None = None,
 ) -> AdapterBatch | None:
     """The corrections of a batch, None where there are none.
 
@@ -175,6 +200,9 @@ def make_batch(
         pool: Where the adapters are.
         ops: The device's operations.
         passes: In each, ranges in the order of their rows, of which none overlap.
+        place: Brings an array to the device.
+        bucket: Rows of a captured step: equal ``shape`` then means equal launches, as nothing else
+            depends on which adapters these are. Such a step has one pass at most.
     """
     by_type: dict[type[Primitive], list[list[RowRange]]] = {}
     for ranges in passes:
@@ -183,25 +211,25 @@ def make_batch(
     if not by_type:
         return None
 
-    place = partial(_place, pool.device)
-
     def present(kind: type[Primitive], op: Op) -> _Present[Op] | None:
         selected = by_type.get(kind)
         if selected is None:
             return None
         slots = sorted({each.slot for ranges in selected for each in ranges})
+        inner = pool.inner_of(kind, slots)
+        table = pool.tables[kind]
         return _Present(
             op,
-            pool.tables[kind],
-            pool.rows_of(kind, slots),
-            tuple(Segments.of(ranges, pool.inner_of(kind, slots), place) for ranges in selected),
+            table,
+            pool.rows_of(kind, slots) if bucket is None else (True,) * len(table.cells),
+            tuple(Segments.of(ranges, inner, place, bucket) for ranges in selected),
         )
 
     transforms = present(InputTransform, ops.transform_input)
     return AdapterBatch(
         _inputs=None
         if transforms is None
-        else _input_transforms(transforms, by_type[InputTransform], place),
+        else _input_transforms(transforms, by_type[InputTransform], place, bucket),
         _linear=_there(present(kind, op) for kind, op in _linear_ops(ops)),
         _embeddings=_there(
             (
@@ -257,7 +285,8 @@ def _joined(ranges: Iterable[RowRange]) -> list[RowRange]:
 def _input_transforms(
     present: _Present[TransformInput],
     passes: Sequence[Sequence[RowRange]],
-    place: Callable[[npt.NDArray[Any]], Tensor],
+    place: Place,
+    bucket: int | None,
 ) -> _InputTransforms:
     first, appended = 0, []
     for ranges in passes:
@@ -266,13 +295,11 @@ def _input_transforms(
             end = first + each.end - each.start
             moved.append(RowRange(first, end, each.slot, each.weight))
             first = end
-        appended.append(Segments.of(moved, place=place))
-    rows = torch.cat([segments.rows for segments in present.passes])
-    return _InputTransforms(present, rows, tuple(appended))
-
-
-def _place(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+        appended.append(Segments.of(moved, place=place, bucket=bucket))
+    rows = [segments.rows for segments in present.passes]
+    return _InputTransforms(
+        present, rows[0] if len(rows) == 1 else torch.cat(rows), tuple(appended)
+    )
 
 
 def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":

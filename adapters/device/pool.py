@@ -15,6 +15,7 @@ from ...kernels.tables import PrimitiveTable
 from ..layout import BaseLayout
 from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
 from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
+from .copies import make_copies
 from .extents import ExtentError, Extents
 
 _EMPTY = -1
@@ -67,6 +68,7 @@ class AdapterPool:
         self._inner_sizes: dict[int, Mapping[type[Primitive], int]] = {}
         self._head_path = layout.head_path
         self._at_head: set[int] = set()
+        self._copies = make_copies(device)
         self._buffer = torch.empty(self._extents.capacity, dtype=torch.uint8, device=device)
         numbers, indices = self._buffer.view(dtype), self._buffer.view(torch.int32)
         self.tables: Mapping[type[Primitive], PrimitiveTable] = {
@@ -142,13 +144,17 @@ class AdapterPool:
         for tensor in adapter.tensors:
             start = start_of[id(tensor)]
             to = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
-            to.copy_(tensor.reshape(-1))
+            self._copies.copy(to, tensor.reshape(-1))
         slots = tuple(self._free_slots.pop() for _ in adapter.parts)
         for slot, part in zip(slots, adapter.parts, strict=True):
             self._write_cells(part, slot, start_of)
         placement = Placement(slots, tuple(starts), adapter.num_device_bytes)
         self._placements.add(placement)
         return placement
+
+    def wait_for_copies(self) -> None:
+        """What is launched from now on finds every installed adapter."""
+        self._copies.wait()
 
     def remove(self, placement: Placement) -> None:
         """Free the adapter's slots and memory.
@@ -197,7 +203,9 @@ class AdapterPool:
         for kind, cells in columns.items():
             rows = list(cells)
             values = torch.tensor(list(cells.values()), dtype=torch.int64)
-            self.tables[kind].cells[rows, slot] = values.to(self.device)
+            column = self.tables[kind].cells[:, slot]
+            index = torch.tensor(rows).to(self.device, non_blocking=True)
+            column[index] = values.to(self.device, non_blocking=True)
             self._occupied[kind][rows, slot] = True
 
 

@@ -1,7 +1,9 @@
 """A whole adapter: its corrections by scope, and the keys and values before a request's own."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -83,6 +85,10 @@ class Part:
     primitives: tuple[Primitive, ...]
 
 
+Stored = TypeVar("Stored")
+"""A dataclass with tensors among its fields."""
+
+
 @dataclass(frozen=True)
 class LoweredAdapter:
     """An adapter in host memory, ready to be copied to the device.
@@ -100,6 +106,22 @@ class LoweredAdapter:
     library: str
     parts: tuple[Part, ...]
     prefix: KVPrefix | None = None
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "LoweredAdapter":
+        """The same adapter with every tensor changed, each object once."""
+        changed: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in changed:
+                changed[id(tensor)] = change(tensor)
+            return changed[id(tensor)]
+
+        parts = (
+            replace(part, primitives=tuple(_mapped(each, once) for each in part.primitives))
+            for part in self.parts
+        )
+        prefix = None if self.prefix is None else _mapped(self.prefix, once)
+        return replace(self, parts=tuple(parts), prefix=prefix)
 
     @cached_property
     def primitives(self) -> tuple[Primitive, ...]:
@@ -138,3 +160,12 @@ class LoweredAdapter:
     @property
     def _stored(self) -> tuple[Tensor, ...]:
         return self.tensors if self.prefix is None else (*self.tensors, *self.prefix.tensors)
+
+
+def _mapped(stored: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
+    """A copy with each field that is a tensor changed."""
+    record: Any = stored
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    mapped: Stored = replace(record, **{name: change(value) for name, value in tensors.items()})
+    return mapped

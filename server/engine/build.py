@@ -14,7 +14,9 @@ from ...kernels.build import CompilerError
 from ..composition import Room
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
+from ..runner.graphs import StepGraphs, decode_buckets
 from ..runner.runner import Runner
+from ..runner.stage import make_stage
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
@@ -35,8 +37,9 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
         EngineMisconfigured: The options do not go together with each other or with the base.
         ModelError: The base is refused.
     """
-    dtype, device = _resolve_dtype(config.dtype), torch.device(config.device)
-    backend = _backend(config.kernels, dtype)
+    device = _resolve_device(config.device)
+    dtype = _resolve_dtype(config.dtype, device)
+    backend = _backend(config.kernels, dtype, device)
     base = load_base(Path(config.model_folder), dtype, device, backend)
     decoder = base.decoder
     limits, num_blocks = _limits(config, decoder)
@@ -54,18 +57,35 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     lowering = _lowering(base, pool, blocks, limits.max_model_len, config.host_memory_budget)
     host = HostTier(lowering, config.host_memory_budget)
     residency = Residency(pool, host.lowered)
-    runner = Runner(decoder, kv_cache, pool, backend.deltas, residency.place, host.lowered)
+    runner = Runner(
+        decoder,
+        kv_cache,
+        pool,
+        backend.deltas,
+        residency.place,
+        host.lowered,
+        make_stage(device, _stage_bytes(limits, config.block_size)),
+        decode_buckets(config.max_num_seqs) if backend.pads_decode else (),
+        StepGraphs() if device.type == "cuda" else None,
+    )
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
     engine = Engine(scheduler, blocks, runner, host, residency, decoder.layout, room)
     return engine, host, _info(config, decoder, backend, limits, num_blocks, room)
 
 
-def _backend(name: str, dtype: torch.dtype) -> Backend:
+def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
     try:
-        return select_backend(name, dtype)
+        return select_backend(name, dtype, device)
     except (CompilerError, ValueError) as error:
         raise EngineMisconfigured(f"--kernels {name}: {error}") from error
+
+
+def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:
+    """What the arrays of the largest step take, and as much again for those of the sampler."""
+    tables = limits.max_num_seqs * 4 * -(-limits.max_model_len // block_size)
+    rows = 256 * (limits.max_num_batched_tokens + limits.max_num_seqs)
+    return 2 * (2 * tables + rows) + (1 << 20)
 
 
 def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, int]:
@@ -92,6 +112,7 @@ def _lowering(
 ) -> Lower:
     """How the host tier reads an adapter for this base, what it has room for, and its limits."""
     cache_bytes = blocks.num_tokens * base.decoder.kv_bytes_per_token
+    on_gpu = pool.device.type == "cuda"
     max_bytes = min(pool.capacity_bytes + cache_bytes, host_memory_budget)
 
     def lower_to_fit(path: Path) -> LoweredAdapter:
@@ -103,7 +124,7 @@ def _lowering(
             )
         if adapter.prefix is not None:
             _require_room_for_prefix(adapter.prefix, blocks, max_model_len)
-        return adapter
+        return adapter.map_tensors(torch.Tensor.pin_memory) if on_gpu else adapter
 
     return lower_to_fit
 
@@ -132,7 +153,7 @@ def _info(
     return EngineInfo(
         model_type=decoder.config.model_type,
         dtype=str(decoder.tokens.weight.dtype).removeprefix("torch."),
-        device=config.device,
+        device=decoder.tokens.weight.device.type,
         kernels=backend.name,
         vocab_size=limits.vocab_size,
         max_model_len=limits.max_model_len,
@@ -144,8 +165,27 @@ def _info(
     )
 
 
-def _resolve_dtype(name: str) -> torch.dtype:
-    """``auto`` is bfloat16 where the processor multiplies in it, else float32."""
+def _resolve_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineMisconfigured(
+            "--device cuda: torch finds no NVIDIA GPU here; check nvidia-smi, and that torch was"
+            " installed with CUDA (torch.version.cuda), or serve with --device cpu"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies in it, else float16 or float32."""
+    if name == "float16" and device.type == "cpu":
+        raise EngineMisconfigured(
+            "--dtype float16: there are no float16 kernels for the CPU; serve in bfloat16 or"
+            " float32, or on a GPU"
+        )
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if name == "auto":
         features = torch.cpu.get_capabilities()
         fast = features.get("avx512_bf16") or features.get("amx_bf16")

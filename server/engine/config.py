@@ -13,8 +13,8 @@ class EngineConfig:
     Attributes:
         model_folder: A resolved Hugging Face folder.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
-        device: ``cpu``.
-        kernels: ``auto``, ``compiled`` or ``reference``.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
+        kernels: ``auto``, ``compiled``, ``triton``, ``interpret`` or ``reference``.
         max_model_len: Longest sequence, prompt and output; None for the model's own limit.
         max_num_seqs: Sequences in one step at most.
         max_num_batched_tokens: Rows in one step at most.

@@ -31,6 +31,9 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
     """Entry point of the process; returns when it is told to shut down."""
     # Read when torch loads libgomp, which must not have happened yet.
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if config.kernels == "interpret":
+        # Read when triton is imported, by which its functions become interpreted ones for good.
+        os.environ["TRITON_INTERPRET"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     context = zmq.Context()

@@ -1,7 +1,7 @@
 """A step's plan as the index tensors that the model and the sampler read."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from ...adapters.device.batch import RowRange
+from ...adapters.device.batch import Place, RowRange
 from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
 from ..scheduler.plan import ScheduledSequence, StepPlan
@@ -50,6 +49,7 @@ class StepBatch:
         paged: Per layer, where rows lie in the KV cache.
         passes: The rows' adapters.
         sample_rows: (n,) int64, the last row of each that samples.
+        bucket: Rows, where the step is padded to one of a few numbers of them, else None.
     """
 
     scheduled: Sequence[ScheduledSequence]
@@ -60,6 +60,12 @@ class StepBatch:
     paged: Sequence[PagedBatch]
     passes: Passes
     sample_rows: Tensor
+    bucket: int | None
+
+    @property
+    def shape(self) -> Hashable:
+        """What a captured step depends on, its adapters aside."""
+        return self.bucket, self.paged[0].block_tables.shape[1]
 
 
 def build_batch(
@@ -67,9 +73,20 @@ def build_batch(
     find_adapter: FindAdapter,
     num_layers: int,
     block_size: int,
-    device: torch.device,
+    place: Place,
+    buckets: Sequence[int] = (),
 ) -> StepBatch:
-    """The tensors of one step."""
+    """The tensors of one step.
+
+    Args:
+        plan: The step.
+        find_adapter: Where adapters are on the device.
+        num_layers: Of the base.
+        block_size: Tokens of a KV block.
+        place: Brings an array to the device.
+        buckets: Ascending numbers of rows to which decode steps are padded. A padding row has no
+            context, its slot is -1, and it lies behind the others.
+    """
     corrections, scheduled = _ordered(plan, find_adapter)
     starts = [each.start for each in scheduled]
     ends = [each.end for each in scheduled]
@@ -81,16 +98,39 @@ def build_batch(
         for each, start, end in zip(scheduled, starts, ends, strict=True)
     )
     sampling = [index for index, each in enumerate(scheduled) if each.samples]
+    passes = passes_of(zip(corrections, starts, ends, first_rows, strict=True))
+    bucket = _bucket(scheduled, prefixes, passes, buckets)
+    padding = 0 if bucket is None else bucket - len(rows.indices)
+    token_ids = np.fromiter(tokens, np.int64, len(rows.indices))
+    positions = rows.indices + prefixes.offsets[rows.sequence]
     return StepBatch(
         scheduled=scheduled,
         corrections=corrections,
         first_rows=first_rows,
-        token_ids=_to(np.fromiter(tokens, np.int64, len(rows.indices)), device),
-        positions=_to(rows.indices + prefixes.offsets[rows.sequence], device),
-        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, device),
-        passes=passes_of(zip(corrections, starts, ends, first_rows, strict=True)),
-        sample_rows=_to(rows.bounds[1:][sampling] - 1, device),
+        token_ids=place(np.pad(token_ids, (0, padding))),
+        positions=place(np.pad(positions, (0, padding))),
+        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, bucket),
+        passes=passes,
+        sample_rows=place(rows.bounds[1:][sampling] - 1),
+        bucket=bucket,
     )
+
+
+def _bucket(
+    scheduled: Sequence[ScheduledSequence],
+    prefixes: "_Prefixes",
+    passes: Passes,
+    buckets: Sequence[int],
+) -> int | None:
+    """The least that holds the step, if it is one that is captured: a token of every sequence.
+
+    Not captured are steps in which a row has several adapters, or a prefix is of some layers only.
+    """
+    if len(passes) > 1 or not prefixes.in_all_layers:
+        return None
+    if any(each.num_tokens != 1 or not each.samples for each in scheduled):
+        return None
+    return next((bucket for bucket in buckets if bucket >= len(scheduled)), None)
 
 
 def passes_of(spans: Iterable[RowSpan]) -> Passes:
@@ -163,6 +203,11 @@ class _Prefixes(NamedTuple):
             starts[index] = before[index] - prefix.length
         return cls(by_sequence, offsets, starts, before)
 
+    @property
+    def in_all_layers(self) -> bool:
+        """Whether every layer attends to all of them."""
+        return all(prefix.layers is None for prefix in self.by_sequence.values())
+
 
 def _ordered(
     plan: StepPlan, find_adapter: FindAdapter
@@ -192,7 +237,8 @@ def _paged(
     rows: _Rows,
     num_layers: int,
     block_size: int,
-    device: torch.device,
+    place: Place,
+    bucket: int | None,
 ) -> Sequence[PagedBatch]:
     """A sequence's keys are those of its prefix, which ends with a block, and then its tokens'."""
     # Block j of a table holds the keys j * block_size and on.
@@ -203,18 +249,25 @@ def _paged(
     padded = _padded(tables, -(-context_lens // block_size))
     keys = rows.indices + prefixes.before[rows.sequence]
     blocks = padded[rows.sequence, keys // block_size].astype(np.int64)
+    slots = blocks * block_size + keys % block_size
+    padding = 0 if bucket is None else bucket - len(scheduled)
+    if bucket is not None:
+        padded = _widened(padded, bucket)
     batch = PagedBatch(
-        cu_seqlens_q=_to(rows.bounds.astype(np.int32), device),
-        context_starts=_to(prefixes.starts.astype(np.int32), device),
-        context_lens=_to(context_lens.astype(np.int32), device),
-        block_tables=_to(padded, device),
-        slot_mapping=_to(blocks * block_size + keys % block_size, device),
+        # Each padding row is a sequence of its own.
+        cu_seqlens_q=place(
+            np.append(rows.bounds, rows.bounds[-1] + 1 + np.arange(padding)).astype(np.int32)
+        ),
+        context_starts=place(np.pad(prefixes.starts, (0, padding)).astype(np.int32)),
+        context_lens=place(np.pad(context_lens, (0, padding)).astype(np.int32)),
+        block_tables=place(padded),
+        slot_mapping=place(np.pad(slots, (0, padding), constant_values=-1)),
         max_seqlen_q=int(np.diff(rows.bounds).max()),
-        max_context_len=int(context_lens.max()),
+        max_context_len=padded.shape[1] * block_size,
     )
-    if all(prefix.layers is None for prefix in prefixes.by_sequence.values()):
+    if prefixes.in_all_layers:
         return [batch] * num_layers
-    return [_in_layer(layer, batch, prefixes) for layer in range(num_layers)]
+    return [_in_layer(layer, batch, prefixes, place) for layer in range(num_layers)]
 
 
 def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int32]:
@@ -226,14 +279,16 @@ def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int3
     return padded
 
 
-def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes) -> PagedBatch:
+def _widened(tables: npt.NDArray[np.int32], bucket: int) -> npt.NDArray[np.int32]:
+    """A row for each of the bucket's, and as many columns as the next power of two."""
+    columns = 1 << (tables.shape[1] - 1).bit_length()
+    return np.pad(tables, ((0, bucket - len(tables)), (0, columns - tables.shape[1])))
+
+
+def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes, place: Place) -> PagedBatch:
     """The batch where some prefixes are for other layers alone."""
-    starts = batch.context_starts.clone()
+    starts = prefixes.starts.astype(np.int32)
     for index, prefix in prefixes.by_sequence.items():
         if prefix.layers is not None and layer not in prefix.layers:
-            starts[index] = int(prefixes.before[index])
-    return replace(batch, context_starts=starts)
-
-
-def _to(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+            starts[index] = prefixes.before[index]
+    return replace(batch, context_starts=place(starts))

@@ -1,6 +1,11 @@
-"""Runs one planned step: batch, model, sampler."""
+"""Runs one planned step: batch, model, sampler.
 
-from collections.abc import Callable, Iterable, Iterator
+A step has three parts. What the host knows is laid out and sent to the device; then everything is
+launched, without waiting for any of it; then the chosen tokens are read.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +18,52 @@ from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
 from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
+from ..scheduler.sequence import Sequence as RunningSequence
 from .batch import FindAdapter, RowSpan, StepBatch, build_batch, passes_of
+from .graphs import StepGraphs
 from .prefix import load_prefix
-from .sampler import Choice, report_logprobs, sample
+from .reports import report_logprobs
+from .sampler import Choice, Sampled, read_choices, start_sampling
+from .stage import Stage
 
 _HEAD_ROWS = 64
 """Rows of prompt logits held at once; (64, vocab) float32 is 12 MB at 49k tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step, laid out.
+
+    Attributes:
+        batch: Its rows.
+        deltas: Their adapters.
+        sampling: The sequences that choose a token, in the order of their rows.
+        head_deltas: What adapters change behind the layers, in the rows that choose.
+    """
+
+    batch: StepBatch
+    deltas: AdapterBatch | None
+    sampling: Sequence[RunningSequence]
+    head_deltas: AdapterBatch | None
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for two padded steps whose launches are equal."""
+        adapters = (self.deltas, self.head_deltas)
+        return (self.batch.shape, *(each and each.shape for each in adapters))
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What was launched.
+
+    Attributes:
+        hidden: (rows, hidden), None where the step was padded and all of its rows choose.
+        sampled: The choices, None where no sequence chooses.
+    """
+
+    hidden: Tensor | None
+    sampled: Sampled | None
 
 
 class Runner:
@@ -32,6 +77,9 @@ class Runner:
         ops: DeltaOps,
         find_adapter: FindAdapter,
         lowered: Callable[[int], LoweredAdapter],
+        stage: Stage,
+        buckets: Sequence[int] = (),
+        graphs: StepGraphs | None = None,
     ) -> None:
         """Run ``decoder`` over ``kv_cache``.
 
@@ -42,6 +90,9 @@ class Runner:
             ops: How they are computed.
             find_adapter: Where the adapter of an id is in the pool.
             lowered: The adapter of an id in host memory, for its prefix.
+            stage: The way to the device.
+            buckets: Numbers of rows that decode steps are padded to; empty where none is padded.
+            graphs: Where padded steps are captured and replayed.
         """
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -49,10 +100,19 @@ class Runner:
         self._ops = ops
         self._find_adapter = find_adapter
         self._lowered = lowered
+        self._stage = stage
+        self._buckets = buckets
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SequenceResult]:
         """One result per scheduled sequence, in the plan's order."""
+        inputs = self.prepare(plan)
+        return self.collect(plan, inputs, self.launch(inputs))
+
+    def prepare(self, plan: StepPlan) -> StepInputs:
+        """Lay the step out and send it to the device."""
+        self._stage.begin()
         for load in plan.prefix_loads:
             self._load(load)
         batch = build_batch(
@@ -60,33 +120,69 @@ class Runner:
             self._find_adapter,
             self._decoder.config.num_layers,
             self._kv_cache.block_size,
-            self._pool.device,
+            self._stage.place,
+            self._buckets,
         )
-        hidden = self._decoder.forward(
-            batch.token_ids,
-            batch.positions,
-            self._kv_cache,
-            batch.paged,
-            make_batch(self._pool, self._ops, batch.passes),
-        )
-        choices = iter(self._sample(batch, hidden))
+        deltas = make_batch(self._pool, self._ops, batch.passes, self._stage.place, batch.bucket)
+        head_deltas = self._head_deltas(_sampling_spans(batch), batch.bucket)
+        sampling = [item.sequence for item in batch.scheduled if item.samples]
+        self._pool.wait_for_copies()
+        self._stage.flush()
+        return StepInputs(batch, deltas, sampling, head_deltas)
+
+    def launch(self, inputs: StepInputs) -> StepOutputs:
+        """Launch everything up to the choice of tokens; nothing here waits for the device."""
+        if inputs.batch.bucket is not None:
+            logits = self._padded_logits(inputs)[: len(inputs.sampling)]
+            return StepOutputs(None, start_sampling(logits, inputs.sampling, self._stage))
+        hidden = self._forward(inputs)
+        if not inputs.sampling:
+            return StepOutputs(hidden, None)
+        rows = hidden[inputs.batch.sample_rows]
+        logits = self._decoder.logits(rows, inputs.head_deltas)
+        return StepOutputs(hidden, start_sampling(logits, inputs.sampling, self._stage))
+
+    def collect(
+        self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs
+    ) -> list[SequenceResult]:
+        """Read what was chosen."""
+        batch = inputs.batch
+        choices: Iterator[Choice] = iter(())
+        if outputs.sampled is not None:
+            choices = iter(read_choices(outputs.sampled, inputs.sampling, self._stage))
         results: dict[ScheduledSequence, SequenceResult] = {}
         for index, item in enumerate(batch.scheduled):
             choice = next(choices) if item.samples else Choice(None)
             results[item] = SequenceResult(
                 token_id=choice.token_id,
                 logprobs=choice.logprobs,
-                prompt_logprobs=tuple(self._prompt_logprobs(batch, index, hidden)),
+                prompt_logprobs=tuple(self._prompt_logprobs(batch, index, outputs.hidden)),
                 error=choice.error,
             )
         return [results[item] for item in plan.scheduled]
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        batch = inputs.batch
+        return self._decoder.forward(
+            batch.token_ids, batch.positions, self._kv_cache, batch.paged, inputs.deltas
+        )
+
+    def _padded_logits(self, inputs: StepInputs) -> Tensor:
+        """(bucket, vocab): every row of a padded step chooses, or is padding."""
+
+        def compute() -> Tensor:
+            return self._decoder.logits(self._forward(inputs), inputs.head_deltas)
+
+        return compute() if self._graphs is None else self._graphs.run(inputs.shape, compute)
 
     def _load(self, load: PrefixLoad) -> None:
         adapters = [self._lowered(adapter_id) for adapter_id in load.prefix.adapter_ids]
         prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
         load_prefix(self._kv_cache, load, prefixes)
 
-    def _head_deltas(self, spans: Iterable[RowSpan]) -> AdapterBatch | None:
+    def _head_deltas(
+        self, spans: Iterable[RowSpan], bucket: int | None = None
+    ) -> AdapterBatch | None:
         """What adapters change behind the layers; for most that is nothing."""
         if not self._pool.changes_any_head:
             return None
@@ -94,36 +190,33 @@ class Runner:
             ([each for each in corrections if self._pool.changes_head(each[0])], start, end, row)
             for corrections, start, end, row in spans
         )
-        return make_batch(self._pool, self._ops, passes_of(at_head))
-
-    def _sample(self, batch: StepBatch, hidden: Tensor) -> list[Choice]:
-        sampling = [
-            (item, corrections)
-            for item, corrections in zip(batch.scheduled, batch.corrections, strict=True)
-            if item.samples
-        ]
-        if not sampling:
-            return []
-        deltas = self._head_deltas(
-            (corrections, item.end - 1, item.end, row)
-            for row, (item, corrections) in enumerate(sampling)
-        )
-        logits = self._decoder.logits(hidden[batch.sample_rows], deltas)
-        return sample(logits, [item.sequence for item, _ in sampling])
+        return make_batch(self._pool, self._ops, passes_of(at_head), self._stage.place, bucket)
 
     def _prompt_logprobs(
-        self, batch: StepBatch, index: int, hidden: Tensor
+        self, batch: StepBatch, index: int, hidden: Tensor | None
     ) -> Iterator[TokenLogprobs]:
         """Of the prompt tokens that follow this step's rows of one sequence, a few at a time."""
         item, corrections = batch.scheduled[index], batch.corrections[index]
         num_top = item.sequence.sampling.prompt_logprobs
         last = min(item.end, item.sequence.prompt_len - 1)
-        if num_top is None:
+        if num_top is None or hidden is None:
             return
         for start in range(item.start, last, _HEAD_ROWS):
             end = min(start + _HEAD_ROWS, last)
             row = batch.first_rows[index] + start - item.start
             deltas = self._head_deltas([(corrections, start, end, 0)])
+            self._stage.flush()
             logits = self._decoder.logits(hidden[row : row + end - start], deltas)
             next_tokens = item.sequence.token_ids[start + 1 : end + 1]
-            yield from report_logprobs(logits, next_tokens, num_top)
+            yield from report_logprobs(logits, next_tokens, num_top, self._stage)
+
+
+def _sampling_spans(batch: StepBatch) -> Iterator[RowSpan]:
+    """The last row of every sequence that chooses, among those rows alone."""
+    sampling = (
+        (item, corrections)
+        for item, corrections in zip(batch.scheduled, batch.corrections, strict=True)
+        if item.samples
+    )
+    for row, (item, corrections) in enumerate(sampling):
+        yield corrections, item.end - 1, item.end, row

@@ -5,6 +5,9 @@ bias, penalties and the mask of early end tokens; greedy rows take the largest l
 divided by the temperature and filtered by min_p, top_k and top_p. The draw inverts the distribution
 function in vocabulary order at a number that depends on (seed, index of the token) alone, so that a
 row does not depend on its neighbours and tiny differences of rounding almost never move it.
+
+All of it happens on the device, whose results come to the host in one copy. Only a row whose
+nucleus is larger than the tokens that are looked at first is drawn once more afterwards.
 """
 
 from collections.abc import Sequence as Seq
@@ -13,20 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
+from .filters import filtered, invert, place_filters, uniforms
+from .reports import Reported, logprobs_of, pack_report, report_logprobs, unpack_report
+from .stage import HostStage, Stage
 
 _NUCLEUS_HEAD = 1024
 """Tokens looked at first for top_p; a nucleus larger than this is rare and costs a full sort."""
 
-
 _GREEDY_BELOW = 1e-5
 """Temperatures up to this are greedy, as in vLLM: dividing by them would overflow."""
-
-_BLOCK = 256
-"""Tokens summed at once in a draw, so that only one such block is summed token by token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,103 +39,153 @@ class Choice:
     error: str | None = None
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Choice]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens on the device.
+
+    Attributes:
+        token_ids: (rows,) int64; 0 where a row is not usable.
+        usable: (rows,) bool: the logits are finite, or some of them and the others masked.
+        unsure: (rows,) bool: the row must be drawn again from its whole vocabulary.
+    """
+
+    token_ids: Tensor
+    usable: Tensor
+    unsure: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step's choices, on their way to the host.
+
+    Attributes:
+        edited: (rows, vocab) float32, the logits that were drawn from.
+        raw: (n, vocab), the logits as they were, of the rows that report log-probabilities.
+        reporting: Those rows.
+        drawn: The tokens.
+        packed: (numbers,) int32, ``drawn`` and what is reported of it, as one tensor.
+    """
+
+    edited: Tensor
+    raw: Tensor
+    reporting: Seq[int]
+    drawn: Drawn
+    packed: Tensor
+
+
+def sample(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = None) -> list[Choice]:
     """One token per row.
 
     Args:
         logits: (rows, vocab) float32; changed in place.
         sequences: The sequence of each row.
+        stage: Brings parameters to the device; none is needed where that is the host's memory.
 
     Returns:
         A choice per row; a row whose logits hold NaN or +inf has an error instead of a token.
     """
-    raw = _logprob_rows(logits, sequences)
-    edit_logits(logits, sequences)
-    # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
-    usable = logits.amax(-1).isfinite().tolist()
-    token_ids = _choose(logits, sequences, usable)
-    logprobs = _report_choices(raw, token_ids, sequences)
+    way = HostStage() if stage is None else stage
+    return read_choices(start_sampling(logits, sequences, way), sequences, way)
+
+
+def start_sampling(logits: Tensor, sequences: Seq[Sequence], stage: Stage) -> Sampled:
+    """Draw on the device: nothing here waits for it."""
+    reporting = [row for row, each in enumerate(sequences) if each.sampling.logprobs is not None]
+    rows = stage.place(np.array(reporting, dtype=np.int64))
+    stage.flush()
+    raw = logits[rows]
+    edit_logits(logits, sequences, stage)
+    drawn = _draw(logits, sequences, stage, _NUCLEUS_HEAD)
+    reported = logprobs_of(raw, drawn.token_ids[rows], _most_asked(reporting, sequences))
+    return Sampled(logits, raw, reporting, drawn, _packed(drawn, reported))
+
+
+def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> list[Choice]:
+    """Wait for the device and take the choices from it: the one copy of a step."""
+    num_rows, reporting = len(sequences), sampled.reporting
+    numbers = sampled.packed.cpu().numpy()
+    token_ids, usable, unsure = (each.tolist() for each in np.split(numbers[: 3 * num_rows], 3))
+    reports = unpack_report(numbers[3 * num_rows :], len(reporting))
+    again = [row for row in range(num_rows) if unsure[row] and usable[row]]
+    if again:
+        _draw_again(again, sampled, sequences, stage, token_ids, reports)
+    by_row = dict(zip(reporting, reports, strict=True))
     return [
-        Choice(token_id, logprobs.get(row))
+        Choice(token_ids[row], _cut(by_row.get(row), sequence.sampling.logprobs))
         if usable[row]
         else Choice(None, error="no token can be chosen: the logits of this request are not finite")
-        for row, token_id in enumerate(token_ids)
-    ]
-
-
-def report_logprobs(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probability, rank and ``num_top`` best tokens per row of raw logits (rows, vocab)."""
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    at_chosen = logits.gather(1, chosen)
-    ranks = (logits > at_chosen).sum(-1) + 1
-    values, ids = logits.topk(num_top, dim=-1)
-    columns = zip(
-        token_ids,
-        (at_chosen - normalizer)[:, 0].tolist(),
-        ranks.tolist(),
-        ids.tolist(),
-        (values - normalizer).tolist(),
-        strict=True,
-    )
-    return [
-        TokenLogprobs(token_id, logprob, rank, list(zip(top_ids, top_values, strict=True)))
-        for token_id, logprob, rank, top_ids, top_values in columns
-    ]
-
-
-def uniforms(seeds: Seq[int], indices: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """u in [0, 1) from (seed, token index), mixed by splitmix64 (Steele et al., OOPSLA 2014)."""
-    state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-    mixed = _splitmix(_splitmix(state) ^ np.array(indices, dtype=np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _splitmix(
-    state: np.ndarray[tuple[int], np.dtype[np.uint64]],
-) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _logprob_rows(logits: Tensor, sequences: Seq[Sequence]) -> dict[int, Tensor]:
-    """Copies of the raw rows that report log-probabilities, before anything edits them."""
-    return {
-        row: logits[row].clone()
         for row, sequence in enumerate(sequences)
-        if sequence.sampling.logprobs is not None
-    }
+    ]
 
 
-def _report_choices(
-    raw: dict[int, Tensor], token_ids: Seq[int], sequences: Seq[Sequence]
-) -> dict[int, TokenLogprobs]:
-    if not raw:
-        return {}
-    tops = {row: sequences[row].sampling.logprobs or 0 for row in raw}
-    reports = report_logprobs(
-        torch.stack(list(raw.values())), [token_ids[row] for row in raw], max(tops.values())
-    )
-    return {
-        row: TokenLogprobs(report.token_id, report.logprob, report.rank, report.top[: tops[row]])
-        for row, report in zip(raw, reports, strict=True)
-    }
+def _most_asked(reporting: Seq[int], sequences: Seq[Sequence]) -> int:
+    return max((sequences[row].sampling.logprobs or 0 for row in reporting), default=0)
 
 
-def edit_logits(logits: Tensor, sequences: Seq[Sequence]) -> None:
+def _packed(drawn: Drawn, reported: Reported) -> Tensor:
+    """Both as one tensor of int32."""
+    columns = (drawn.token_ids, drawn.usable, drawn.unsure)
+    return torch.cat([*(each.int() for each in columns), pack_report(reported)])
+
+
+def _cut(report: TokenLogprobs | None, num_top: int | None) -> TokenLogprobs | None:
+    """As many alternatives as the row asked for: its neighbours may have asked for more."""
+    if report is None or num_top is None:
+        return None
+    return TokenLogprobs(report.token_id, report.logprob, report.rank, report.top[:num_top])
+
+
+def _draw_again(
+    rows: Seq[int],
+    sampled: Sampled,
+    sequences: Seq[Sequence],
+    stage: Stage,
+    token_ids: list[int],
+    reports: list[TokenLogprobs],
+) -> None:
+    """Replace the tokens of these rows by draws from their whole vocabulary, and their reports."""
+    index = stage.place(np.array(rows, dtype=np.int64))
+    stage.flush()
+    edited = sampled.edited[index]
+    drawn = _draw(edited, [sequences[row] for row in rows], stage, edited.shape[1])
+    for row, token_id in zip(rows, drawn.token_ids.tolist(), strict=True):
+        token_ids[row] = token_id
+    places = [place for place, row in enumerate(sampled.reporting) if row in set(rows)]
+    chosen = [token_ids[sampled.reporting[place]] for place in places]
+    num_top = _most_asked(sampled.reporting, sequences)
+    for place, report in zip(
+        places, report_logprobs(sampled.raw[places], chosen, num_top, stage), strict=True
+    ):
+        reports[place] = report
+
+
+def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = None) -> None:
     """Apply logit bias, penalties and the mask of early end tokens to (rows, vocab) in place."""
+    way = HostStage() if stage is None else stage
+    vocab, flat = logits.shape[1], logits.view(-1)
+    biases = {
+        row * vocab + token_id: bias
+        for row, sequence in enumerate(sequences)
+        for token_id, bias in sequence.sampling.logit_bias.items()
+    }
+    if biases:
+        index = way.place(np.array(list(biases), dtype=np.int64))
+        values = way.place(np.array(list(biases.values()), dtype=np.float32))
+        way.flush()
+        flat.index_add_(0, index, values)
     for row, sequence in enumerate(sequences):
-        params = sequence.sampling
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        if _has_penalties(params):
-            _penalize(logits[row], sequence)
-        if sequence.num_output_tokens < params.min_tokens:
-            ends = [*params.end_token_ids, *params.stop_token_ids]
-            logits[row, ends] = float("-inf")
+        if _has_penalties(sequence.sampling):
+            _penalize(logits[row], sequence, way)
+    masked = [
+        row * vocab + token_id
+        for row, sequence in enumerate(sequences)
+        if sequence.num_output_tokens < sequence.sampling.min_tokens
+        for token_id in (*sequence.sampling.end_token_ids, *sequence.sampling.stop_token_ids)
+    ]
+    if masked:
+        index = way.place(np.array(masked, dtype=np.int64))
+        way.flush()
+        flat.index_fill_(0, index, float("-inf"))
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -145,106 +196,45 @@ def _has_penalties(params: SamplingParams) -> bool:
     )
 
 
-def _penalize(row: Tensor, sequence: Sequence) -> None:
+def _penalize(row: Tensor, sequence: Sequence, stage: Stage) -> None:
     """Repetition over prompt and output, presence and frequency over the output, row (vocab,)."""
     params = sequence.sampling
-    token_ids = torch.tensor(sequence.token_ids, device=row.device)
+    token_ids = stage.place(np.array(sequence.token_ids, dtype=np.int64))
+    stage.flush()
     if params.repetition_penalty != 1.0:
         # Reads come before writes, so a token seen twice is still penalised once.
         values, penalty = row[token_ids], params.repetition_penalty
         row[token_ids] = torch.where(values > 0, values / penalty, values * penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        times = torch.bincount(token_ids[sequence.prompt_len :], minlength=len(row)).to(row.dtype)
+        output = token_ids[sequence.prompt_len :]
+        times = torch.zeros_like(row).index_add_(
+            0, output, torch.ones_like(output, dtype=row.dtype)
+        )
         row -= params.presence_penalty * times.clamp(max=1) + params.frequency_penalty * times
 
 
-def _choose(logits: Tensor, sequences: Seq[Sequence], usable: Seq[bool]) -> list[int]:
-    token_ids: list[int] = logits.argmax(-1).tolist()
-    random = [_is_random(sequence.sampling) for sequence in sequences]
-    drawn = [row for row in range(len(random)) if random[row] and usable[row]]
-    if drawn:
-        chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
-        for row, token_id in zip(drawn, chosen, strict=True):
-            token_ids[row] = token_id
-    return token_ids
+def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, nucleus_head: int) -> Drawn:
+    """A token of each row: the largest logit, or at random."""
+    # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
+    usable = logits.amax(-1).isfinite()
+    token_ids = logits.argmax(-1)
+    unsure = torch.zeros_like(usable)
+    random = [row for row, each in enumerate(sequences) if _is_random(each.sampling)]
+    if random:
+        rows = stage.place(np.array(random, dtype=np.int64))
+        params = [sequences[row].sampling for row in random]
+        indices = [sequences[row].num_output_tokens for row in random]
+        numbers = stage.place(uniforms([each.seed for each in params], indices))
+        temperature = stage.place(np.array([each.temperature for each in params], np.float32))
+        filters = place_filters(params, logits.shape[1], stage)
+        stage.flush()
+        # What is drawn for a row that is not usable is not read, but must be a token.
+        chosen = torch.where(usable[rows, None], logits[rows], 0.0)
+        probs, short = filtered((chosen / temperature[:, None]).softmax(-1), filters, nucleus_head)
+        token_ids[rows] = invert(probs, numbers)
+        unsure[rows] = short
+    return Drawn(torch.where(usable, token_ids, 0), usable, unsure)
 
 
 def _is_random(params: SamplingParams) -> bool:
     return params.temperature > _GREEDY_BELOW and params.top_k != 1
-
-
-def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
-    params = [sequence.sampling for sequence in sequences]
-    numbers = uniforms([p.seed for p in params], [s.num_output_tokens for s in sequences])
-    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    probs = (logits / temperature[:, None]).softmax(-1)
-    probs = filter_probs(probs, params)
-    return _invert(probs, torch.from_numpy(numbers).to(logits.device)).tolist()
-
-
-def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
-    """First token of each row whose cumulative probability exceeds ``number`` times the row's sum.
-
-    Args:
-        probs: (rows, vocab), not normalised, with a positive sum.
-        numbers: (rows,) float64 in [0, 1).
-    """
-    vocab = probs.shape[1]
-    blocks = functional.pad(probs, (0, -vocab % _BLOCK)).view(len(probs), -1, _BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = ends[:, -1:]
-    # Rounding may lift the product to the sum itself, which no token exceeds.
-    target = (numbers[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    # right=True passes over what has probability zero.
-    block = torch.searchsorted(ends, target, right=True)
-    within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
-    before = functional.pad(ends, (1, 0)).gather(1, block)
-    cumulative = within.cumsum(-1, dtype=torch.float64) + before
-    last = (within > 0).int().cumsum(-1).argmax(-1, keepdim=True)
-    return (block * _BLOCK + torch.searchsorted(cumulative, target, right=True).minimum(last))[:, 0]
-
-
-def filter_probs(probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
-    """Zero what min_p, top_k and top_p drop from probs (rows, vocab); rows are not renormalised.
-
-    Equal probabilities at the edge of top_k or top_p are all kept.
-    """
-    vocab = probs.shape[1]
-    if any(p.min_p > 0 for p in params):
-        floor = torch.tensor([p.min_p for p in params], device=probs.device)
-        probs = _keep(probs, floor * probs.amax(-1))
-    if any(0 < p.top_k < vocab for p in params):
-        sizes = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=probs.device)
-        largest = int(max(p.top_k for p in params if p.top_k < vocab))
-        best = probs.topk(largest, dim=-1).values
-        edge = best.gather(1, sizes.clamp(max=largest)[:, None] - 1)[:, 0]
-        probs = _keep(probs, torch.where(sizes < vocab, edge, 0.0))
-    nuclear = [row for row, p in enumerate(params) if p.top_p < 1]
-    if nuclear:
-        mass = torch.tensor([params[row].top_p for row in nuclear], device=probs.device)
-        edges = probs.new_zeros(len(params))
-        edges[nuclear] = _nucleus_edges(probs[nuclear], mass)
-        probs = _keep(probs, edges)
-    return probs
-
-
-def _keep(probs: Tensor, at_least: Tensor) -> Tensor:
-    return probs.masked_fill(probs < at_least[:, None], 0.0)
-
-
-def _nucleus_edges(probs: Tensor, mass: Tensor) -> Tensor:
-    """Smallest probability in the smallest set of tokens that holds ``mass`` of each row."""
-    wanted = mass * probs.sum(-1)
-    best = probs.topk(min(_NUCLEUS_HEAD, probs.shape[1]), dim=-1).values
-    edges = _edges(best, wanted)
-    short = (best.sum(-1) < wanted).nonzero()[:, 0]
-    if len(short):
-        edges[short] = _edges(probs[short].sort(dim=-1, descending=True).values, wanted[short])
-    return edges
-
-
-def _edges(best: Tensor, wanted: Tensor) -> Tensor:
-    """Per row of descending ``best``, the value at which its running sum reaches ``wanted``."""
-    before = best.cumsum(-1) - best
-    last = (before < wanted[:, None]).sum(-1, keepdim=True).clamp(min=1) - 1
-    return best.gather(1, last)[:, 0]

@@ -12,14 +12,9 @@ from transformers import (
 )
 
 from deltamux.server.generation import GenerationRequest, SamplingParams
-from deltamux.server.runner.sampler import (
-    _invert,
-    edit_logits,
-    filter_probs,
-    report_logprobs,
-    sample,
-    uniforms,
-)
+from deltamux.server.runner.filters import filter_probs, invert, uniforms
+from deltamux.server.runner.reports import report_logprobs
+from deltamux.server.runner.sampler import edit_logits, sample
 from deltamux.server.scheduler.sequence import Sequence
 
 VOCAB = 5003
@@ -131,7 +126,7 @@ def test_draws_invert_the_cumulative_distribution(vocab):
     probs[:, vocab // 2] += 0.1
     numbers = torch.linspace(0, 1 - 2**-53, 200, dtype=torch.float64)
     cumulative = probs.double().cumsum(-1)
-    for row, chosen in enumerate(_invert(probs, numbers).tolist()):
+    for row, chosen in enumerate(invert(probs, numbers).tolist()):
         assert probs[row, chosen] > 0
         target = float(numbers[row] * cumulative[row, -1])
         assert cumulative[row, chosen] >= target - 1e-9

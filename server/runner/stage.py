@@ -1,0 +1,107 @@
+"""Brings a step's small arrays to the device: on a GPU many of them in one asynchronous copy.
+
+A copy from ordinary memory makes the host wait for the device. So arrays are first laid one behind
+the other in pinned memory, and ``flush`` sends what was laid there since the last one. Where an
+array comes to lie depends on the sizes of those placed before it alone: steps that place arrays of
+the same sizes find them at the same addresses, which is what a captured step needs.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+"""Bytes; kernels read 16 at once."""
+
+Array = npt.NDArray[Any]
+
+
+class Stage(Protocol):
+    """The way to the device for what the host knows of a step."""
+
+    def begin(self) -> None:
+        """A new step begins: what was placed for earlier ones is no longer needed."""
+        ...
+
+    def place(self, array: Array) -> Tensor:
+        """The array as a tensor on the device, which holds it after ``flush``."""
+        ...
+
+    def flush(self) -> None:
+        """Send what was placed; kernels launched from now on find it."""
+        ...
+
+
+class HostStage:
+    """Where the device computes in host memory there is no way to go."""
+
+    def begin(self) -> None:
+        """Nothing is kept."""
+
+    def place(self, array: Array) -> Tensor:
+        """The very same memory."""
+        return torch.from_numpy(array)
+
+    def flush(self) -> None:
+        """Nothing is under way."""
+
+
+class PinnedStage:
+    """Pinned memory and its twin on a GPU.
+
+    Args:
+        device: Of the twin.
+        num_bytes: Of both; what does not fit goes a way of its own.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        """Allocate both."""
+        self._device = device
+        self._host = _pinned(torch.empty(num_bytes, dtype=torch.uint8))
+        self._bytes = self._host.numpy()
+        self._twin = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._end = 0
+        self._sent = 0
+        self._copied: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        """Wait until the last copy has read the pinned memory; it mostly has, long ago."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._end = self._sent = 0
+
+    def place(self, array: Array) -> Tensor:
+        """Lay the array behind the last one."""
+        start, num_bytes = self._end, array.nbytes
+        if start + num_bytes > len(self._bytes):
+            beside = _pinned(torch.from_numpy(np.ascontiguousarray(array)))
+            return beside.to(self._device, non_blocking=True)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._bytes[start : start + num_bytes] = flat
+        self._end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        return self._twin[start : start + num_bytes].view(dtype).view(array.shape)
+
+    def flush(self) -> None:
+        """One copy on the current stream."""
+        if self._end == self._sent:
+            return
+        part = slice(self._sent, min(self._end, len(self._bytes)))
+        self._twin[part].copy_(self._host[part], non_blocking=True)
+        self._sent = self._end
+        if torch.cuda.is_available():
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+
+def make_stage(device: torch.device, num_bytes: int) -> Stage:
+    """The stage of a device."""
+    return PinnedStage(device, num_bytes) if device.type == "cuda" else HostStage()
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Page-locked where there is a GPU to copy to; a trace of its work needs none."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
