@@ -16,7 +16,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY adapters adapters
 COPY server server
-# Holds links to the three folders above; COPY keeps links, and the build follows them.
+COPY benchmarks benchmarks
+# Holds links to the four folders above; COPY keeps links, and the build follows them.
 COPY src src
 RUN /opt/deltamux/bin/pip install .
 

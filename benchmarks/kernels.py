@@ -1,6 +1,6 @@
 """Times the compiled kernels beside the reference and beside the time its bytes take to be read.
 
-    python benchmarks/kernels.py [--threads N] [--seed N]
+    python -m deltamux.benchmarks.kernels [--threads N] [--seed N]
 
 Shapes are those of SmolLM2-135M in bfloat16: a decode step of 16 sequences, each with an adapter of
 its own, and a prefill of 512 tokens; then each other correction of a linear module, for a row alone
@@ -13,19 +13,21 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from machine import describe_machine, describe_versions
 from torch import Tensor
 
-from deltamux.kernels.affine.op import Cell as AffineCell
-from deltamux.kernels.backend import Backend, DeltaOps, compiled_backend, reference_backend
-from deltamux.kernels.circulant.op import Cell as CirculantCell
-from deltamux.kernels.dense.op import Cell as DenseCell
-from deltamux.kernels.kronecker.op import Cell as KroneckerCell
-from deltamux.kernels.paged_attention.op import PagedBatch
-from deltamux.kernels.sparse.op import Cell as SparseCell
-from deltamux.kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
+from ..kernels.affine.op import Cell as AffineCell
+from ..kernels.backend import Backend, DeltaOps, compiled_backend, reference_backend
+from ..kernels.circulant.op import Cell as CirculantCell
+from ..kernels.dense.op import Cell as DenseCell
+from ..kernels.kronecker.op import Cell as KroneckerCell
+from ..kernels.paged_attention.op import PagedBatch
+from ..kernels.sparse.op import Cell as SparseCell
+from ..kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
+from .errors import BenchmarkError
+from .machine import describe_machine, describe_versions
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 30, 576, 1536, 9, 3, 64, 16
 SITES = {
@@ -235,10 +237,10 @@ def cases() -> Iterator[Case]:
         yield affine_case("gate_up", rows_each=512, adapters=1, rank=rank)
     yield attention_case(sequences=1, q_len=512, context=512)
     yield from elementwise_cases(512)
-    for site in ((HIDDEN, (HIDDEN,)), (HIDDEN, (INNER,))):
+    for width in (HIDDEN, INNER):
         for rows in (1, 128):
             for name, operation, make in CORRECTIONS:
-                yield correction_case(name, operation, make, site, rows)
+                yield correction_case(name, operation, make, (HIDDEN, (width,)), rows)
 
 
 def best_seconds(run: Callable[[int], object], rounds: int) -> float:
@@ -259,37 +261,60 @@ def read_bandwidth() -> float:
     return data.nbytes / best_seconds(lambda _: data.sum(), rounds=1)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    compiled, reference, bandwidth = compiled_backend(), reference_backend(), read_bandwidth()
-    timings = []
+def time_cases(text: str, bandwidth: float) -> Iterator[Timing]:
+    """Of the cases whose name contains ``text``, one after another."""
+    compiled, reference = compiled_backend(), reference_backend()
     for case in cases():
-        timing = Timing(
-            case.name,
-            1e6 * best_seconds(lambda layer, run=case.run: run(compiled, layer), rounds=7),
-            1e6 * best_seconds(lambda layer, run=case.run: run(reference, layer), rounds=1),
-            1e6 * case.num_bytes / bandwidth if case.num_bytes else None,
-        )
+        if text in case.name:
+            yield Timing(
+                case.name,
+                1e6 * best_seconds(partial(case.run, compiled), rounds=7),
+                1e6 * best_seconds(partial(case.run, reference), rounds=1),
+                1e6 * case.num_bytes / bandwidth if case.num_bytes else None,
+            )
+
+
+def run(threads: int | None = None, seed: int = 0, text: str = "") -> None:
+    """Measure and print.
+
+    Args:
+        threads: Of torch and of the compiled kernels; as many as torch takes by itself.
+        seed: Of the operands.
+        text: Only cases whose name contains it are measured.
+
+    Raises:
+        BenchmarkError: There are none.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.manual_seed(seed)
+    bandwidth = read_bandwidth()
+    timings = []
+    for timing in time_cases(text, bandwidth):
         timings.append(timing)
         floor = f", floor {timing.floor_us:.1f}" if timing.floor_us else ""
         print(f"{timing.name}: {timing.compiled_us:.1f} us, {timing.reference_us:.1f}{floor}")
+    if not timings:
+        raise BenchmarkError(f"no case has {text!r} in its name")
     report = {
         "benchmark": "kernels",
         "machine": describe_machine(),
         "versions": describe_versions("torch"),
-        "seed": options.seed,
-        "threads": options.threads,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
         "dtype": str(DTYPE),
         "read_bytes_per_second": bandwidth,
         "timings": [asdict(timing) for timing in timings],
     }
     print(json.dumps(report))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    run(options.threads, options.seed)
 
 
 if __name__ == "__main__":

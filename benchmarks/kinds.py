@@ -1,6 +1,6 @@
 """Times what each kind of adapter adds to a step of the engine, on the demo base in one process.
 
-    python benchmarks/kinds.py [--threads N] [--rounds N] [--only KIND ...] [--seed N]
+    python -m deltamux.benchmarks.kinds [--threads N] [--rounds N] [--only KIND ...] [--seed N]
 
 Measured are
 
@@ -30,16 +30,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from kind_adapters import SOURCES, KindSource
-from machine import describe_machine, describe_versions
 from transformers import AutoModelForCausalLM
 
-from deltamux.server.config import default_state_dir
-from deltamux.server.engine.build import build_engine
-from deltamux.server.engine.config import EngineConfig
-from deltamux.server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Submit
-from deltamux.server.generation import AdapterWeight, GenerationRequest, SamplingParams
-from deltamux.server.model.source import resolve_model
+from ..server.config import default_state_dir
+from ..server.engine.build import build_engine
+from ..server.engine.config import EngineConfig
+from ..server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Submit
+from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
+from ..server.model.source import resolve_model
+from .kind_adapters import SOURCES, KindSource
+from .machine import describe_machine, describe_versions
 
 BASE, MIXED = "base", "mixed"
 DECODE, PREFILL = "decode_step_ms", "prefill_ms"
@@ -225,7 +225,7 @@ def measure(
 ) -> dict[str, dict[str, Timed]]:
     """Name of the batch -> decode step and prefill step."""
     base: list[int | None] = [None] * workload.rows
-    one_each = [kind.ids[0] for kind in loaded.values()]
+    one_each: list[int | None] = [kind.ids[0] for kind in loaded.values()]
     batches = {BASE: base} | {name: list(kind.ids) for name, kind in loaded.items()}
     batches[MIXED] = base[len(one_each) :] + one_each
     found = {name: {DECODE: Timed(), PREFILL: Timed()} for name in batches}

@@ -3,7 +3,7 @@
 Benchmarks need many adapters of known shape and do not care what they say. Module paths and shapes
 are those of the base's own modules, which are built without memory for their weights.
 
-    python benchmarks/make_adapters.py --count 16 --rank 8 --rank 64 --out build/adapters
+    python -m deltamux.benchmarks.make_adapters --count 16 --rank 8 --rank 64 --out build/adapters
 """
 
 import argparse
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from deltamux.server.config import default_state_dir
-from deltamux.server.model.source import resolve_model
+from ..server.config import default_state_dir
+from ..server.model.source import resolve_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 B_STD = 0.02  # with A's rows of unit length on average, a delta of about a tenth of its input

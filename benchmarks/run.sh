@@ -10,7 +10,7 @@ port=${PORT:-8011}
 targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 url=http://127.0.0.1:$port
 
-"$bin/python" benchmarks/make_adapters.py --count 16 --rank 16 --targets "$targets" --out build/bench-adapters
+"$bin/python" -m deltamux.benchmarks.make_adapters --count 16 --rank 16 --targets "$targets" --out build/bench-adapters
 "$bin/deltamux" serve smollm2 --dtype bfloat16 --port "$port" --adapter-dir build/bench-adapters &
 server=$!
 trap 'kill "$server"; wait "$server" || true' EXIT
@@ -18,5 +18,5 @@ until "$bin/python" -c 'import sys, httpx; httpx.get(sys.argv[1]).raise_for_stat
     kill -0 "$server" || { echo "the server ended before it was ready" >&2; exit 1; }
     sleep 1
 done
-"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 "$@"
-"$bin/python" benchmarks/serve.py --base-url "$url" --concurrency 16 --requests 64 --adapters 16 "$@"
+"$bin/python" -m deltamux.benchmarks.serve --base-url "$url" --concurrency 16 --requests 64 "$@"
+"$bin/python" -m deltamux.benchmarks.serve --base-url "$url" --concurrency 16 --requests 64 --adapters 16 "$@"

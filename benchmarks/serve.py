@@ -11,7 +11,7 @@ an exact number of tokens. Reported are
 
 The last line of the output is one JSON object. Exits 1 if any request failed.
 
-    python benchmarks/serve.py --concurrency 16 --requests 64 --adapters 16
+    python -m deltamux.benchmarks.serve --concurrency 16 --requests 64 --adapters 16
 """
 
 import argparse
@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import httpx
-from client import Arrival, Request, RequestFailed, open_client, random_prompt, stream
-from machine import describe_machine, describe_versions
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
+
+from .client import Arrival, Request, RequestFailed, open_client, random_prompt, stream
+from .machine import describe_machine, describe_versions
 
 PERCENTILES = (50, 90, 99)
 

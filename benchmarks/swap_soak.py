@@ -9,7 +9,7 @@ page by page for the first time as long as there are blocks no request has used.
 
 The last line of the output is one JSON object. Exits 1 if any request failed.
 
-    python benchmarks/swap_soak.py --adapter examples/adapters/pirate --pid <the server's>
+    python -m deltamux.benchmarks.swap_soak --adapter examples/adapters/pirate --pid <the server's>
 """
 
 import argparse
@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
-from client import Request, RequestFailed, open_client, random_prompt, stream
-from machine import describe_machine, describe_versions
 from rich.console import Console
 from rich.progress import track
+
+from .client import Request, RequestFailed, open_client, random_prompt, stream
+from .machine import describe_machine, describe_versions
 
 TOKEN_IDS = range(1000, 30000)
 

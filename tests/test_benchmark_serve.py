@@ -6,12 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "serve.py"
+MODULE = "deltamux.benchmarks.serve"
 MODELS = [{"id": "base", "parent": None}] + [{"id": f"a{i}", "parent": "base"} for i in range(3)]
 
 
@@ -78,7 +77,7 @@ def server() -> Iterator[ScriptedServer]:
 
 def bench(server: ScriptedServer, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """(exit code, JSON of the last line, stderr) of a small run."""
-    command = [sys.executable, str(SCRIPT), "--base-url", server.url, "--concurrency", "2"]
+    command = [sys.executable, "-m", MODULE, "--base-url", server.url, "--concurrency", "2"]
     command += ["--requests", "6", "--prompt-tokens", "5", "--output-tokens", "6", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout, result.stderr
@@ -141,7 +140,7 @@ def test_refused_requests_fail_and_leave_the_others_measured(server: ScriptedSer
 
 
 def test_too_few_adapters_is_refused_before_any_request(server: ScriptedServer) -> None:
-    command = [sys.executable, str(SCRIPT), "--base-url", server.url, "--adapters", "4"]
+    command = [sys.executable, "-m", MODULE, "--base-url", server.url, "--adapters", "4"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "the server lists 3 adapters" in result.stderr

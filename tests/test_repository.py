@@ -16,7 +16,9 @@ from .kinds import names as case_names
 
 ROOT = Path(__file__).parents[1]
 # Each folder may import from itself and from those before it.
-LAYERS = ("kernels", "adapters", "server")
+LAYERS = ("kernels", "adapters", "server", "benchmarks")
+# The command line alone looks ahead, and only inside the function of a command.
+COMMAND_LINE = ROOT / "server" / "cli.py"
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 MAX_DEMO_ADAPTER_BYTES = 2 * 1000 * 1000
 DEMO_FILES = [
@@ -36,13 +38,14 @@ def source_files() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in files if p.suffix in SOURCE_SUFFIXES)
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+def imported_modules(path: Path, *, in_functions: bool = True) -> Iterator[str]:
     """Absolute names of all modules that a file imports, at the top or inside a function.
 
     ``from .x import y`` in server/api/a.py gives deltamux.server.api.x.
     """
     package = ["deltamux", *path.relative_to(ROOT).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,14 +63,19 @@ def is_backward(importer: str, module: str) -> bool:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_imports_go_kernels_adapters_server(layer: str) -> None:
+def test_imports_go_kernels_adapters_server_benchmarks(layer: str) -> None:
     backward = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in python_files(layer)
-        for module in imported_modules(path)
+        for module in imported_modules(path, in_functions=path != COMMAND_LINE)
         if is_backward(layer, module)
     ]
     assert backward == []
+
+
+def test_the_command_line_reaches_the_benchmarks_by_their_command_alone() -> None:
+    ahead = [each for each in imported_modules(COMMAND_LINE) if is_backward("server", each)]
+    assert ahead == ["deltamux.benchmarks.cli.bench"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,8 @@ def test_imports_go_kernels_adapters_server(layer: str) -> None:
         ("adapters", "deltamux.kernels.affine.op", False),
         ("server", "deltamux.adapters.batch", False),
         ("server", "torch", False),
+        ("server", "deltamux.benchmarks.cli", True),
+        ("benchmarks", "deltamux.server.model.source", False),
     ],
 )
 def test_the_import_rule_itself(importer: str, module: str, backward: bool) -> None:
@@ -132,7 +142,7 @@ def test_design_names_every_source_file() -> None:
 
 
 def test_design_names_no_file_that_does_not_exist() -> None:
-    folders = (*LAYERS, "benchmarks", "examples", "tests", "src", "deploy")
+    folders = (*LAYERS, "examples", "tests", "src", "deploy")
     paths = [str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*")]
     unknown = [m for m in named_in_design() if not any(names(m, path) for path in paths)]
     assert sorted(unknown) == []
@@ -142,7 +152,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     suffixes = {".py", ".cpp", ".h", ".md", ".toml", ".yaml", ".json", ".sh", ".tsv"}
     # Homes, and folders of the machines this was written on, spelled so as not to find this line.
     private = re.compile("|".join(f"/{name}/" for name in ("home", "root", "Users", "work", "tmp")))
-    folders = (*LAYERS, "benchmarks", "examples", "tests", "docs", "deploy")
+    folders = (*LAYERS, "examples", "tests", "docs", "deploy")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files += [path for path in ROOT.iterdir() if path.is_file()]
     texts = [p for p in files if p.suffix in suffixes or p.name in {"Makefile", "Dockerfile"}]

@@ -85,7 +85,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     compiled = triton.compile(
         _source(launch),
         target=GPUTarget("cuda", target.capability, _WARP_SIZE),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     registers, stack = _resources(compiled.asm["cubin"])
     found = [name for text, name in _MATRIX.items() if text in compiled.asm["ptx"]]
@@ -99,8 +99,43 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     )
 
 
+def faults_of(compiled: Compiled, target: Target, matrix: bool) -> list[str]:
+    """Why it should not run there as it is.
+
+    Args:
+        compiled: For ``target``.
+        target: Its bounds.
+        matrix: Whether matrix units are expected to do its products.
+    """
+    faults = []
+    if compiled.spilled_bytes:
+        faults.append(f"spills {compiled.spilled_bytes} bytes of each thread's registers")
+    if compiled.shared_bytes > target.shared_bytes:
+        faults.append(
+            f"needs {compiled.shared_bytes} bytes of shared memory; there are {target.shared_bytes}"
+        )
+    if matrix and not compiled.matrix:
+        faults.append("multiplies without matrix instructions")
+    return faults
+
+
+def specialisation(launch: Launch) -> str:
+    """What its machine code depends on: launches of which this is equal are compiled once."""
+    module = launch.kernel.fn.__module__
+    return repr((module, launch.name, *_specialise(launch), launch.options))
+
+
 def _source(launch: Launch) -> ASTSource:
-    """As a call would specialise it: ones are constants, multiples of 16 are known as such."""
+    return ASTSource(launch.kernel, *_specialise(launch))
+
+
+def _specialise(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and attributes as a call would have them.
+
+    Ones are constants, multiples of 16 are known as such.
+    """
     names = launch.kernel.arg_names
     constants = dict(launch.constants)
     signature: dict[str, str] = {}
@@ -116,7 +151,7 @@ def _source(launch: Launch) -> ASTSource:
             signature[name] = _type_of(value)
             if _is_aligned(value):
                 attributes[(position,)] = _ALIGNED
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
 
 
 def _type_of(value: Argument) -> str:

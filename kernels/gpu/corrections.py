@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
@@ -22,6 +23,9 @@ from .tuning import Choice, ChooseConfig, Key, Measured
 
 MAX_TARGETS = 4
 """Of one site: q, k, v and room for another; their columns travel as scalars."""
+
+MAX_PROGRAMS = 512
+"""Of one segment and target: enough to fill a GPU; more cost time where segments are short."""
 
 _SCHEMA = (
     "(Tensor(a!) y, Tensor x, Tensor cells, Tensor numbers, Tensor indices, int first,"
@@ -103,6 +107,16 @@ class Site:
             **{f"out_size_{i}": each for i, each in enumerate([*self.out_sizes, *padding])},
         }
 
+    @property
+    def strides(self) -> dict[str, int]:
+        """The arguments by which a kernel finds a row of x and of y."""
+        return {"x_stride": self.x.stride(0), "y_stride": self.y.stride(0)}
+
+    def num_programs(self, block_rows: int, block_out: int) -> int:
+        """Programs that share the tiles (rows, columns) of a segment and target."""
+        tiles = triton.cdiv(self.max_rows, block_rows) * triton.cdiv(self.widest, block_out)
+        return min(int(tiles), MAX_PROGRAMS)
+
 
 class Correction:
     """A GPU operation with the signature ``tables.CorrectLinear``, known to torch by its name.
@@ -112,6 +126,7 @@ class Correction:
         launches: What computes it, for one of its configurations.
         choose_config: The configuration to take for sizes that were not measured.
         num_configs: How many there are.
+        allows_float32_rows: Whether x and y may be float32 over a pool of 16 bits.
     """
 
     def __init__(
@@ -120,12 +135,14 @@ class Correction:
         launches: Callable[[Site, int], Sequence[Launch]],
         choose_config: ChooseConfig,
         num_configs: int,
+        allows_float32_rows: bool = False,
     ) -> None:
         """Register the operation."""
         self.name = name
         self.launches = launches
         self.choose_config = choose_config
         self.num_configs = num_configs
+        self._allows_float32_rows = allows_float32_rows
         self._operation = register(name + _SCHEMA, self._run)
 
     def tuned(self, measured: Measured) -> CorrectLinear:
@@ -134,9 +151,8 @@ class Correction:
 
     def production(self, shapes: Shapes, dtype: torch.dtype) -> Iterator[Launch]:
         """The launches of every configuration at the site with the most targets of a base."""
-        _, in_size, out_sizes = shapes.sites[0]
         for config in range(self.num_configs):
-            yield from self.launches(_site(in_size, out_sizes, dtype), config)
+            yield from self.launches(production_site(shapes, dtype), config)
 
     def _correct(
         self,
@@ -153,7 +169,7 @@ class Correction:
             ValueError: A tensor has the wrong dtype, device, shape or layout.
         """
         check_rows(self.name, y, x)
-        check_table(self.name, table, y)
+        check_table(self.name, table, y, self._allows_float32_rows)
         if not len(targets.out_starts) == len(targets.out_sizes) <= MAX_TARGETS:
             raise ValueError(f"{self.name}: a site has up to {MAX_TARGETS} targets, not {targets}")
         self._operation(
@@ -179,8 +195,9 @@ class Correction:
         run_all(self.launches(Site(*site), config))
 
 
-def _site(in_size: int, out_sizes: Sequence[int], dtype: torch.dtype) -> Site:
-    """A site of a decode step of 64 rows, each with an adapter of its own, without memory."""
+def production_site(shapes: Shapes, dtype: torch.dtype) -> Site:
+    """The site with the most targets, for 64 rows in segments of up to 64, without memory."""
+    _, in_size, out_sizes = shapes.sites[0]
     rows, slots, fields, pool = 64, 256, 8, 1 << 30
     index = partial(shape_only, dtype=torch.int32)
     return Site(
@@ -217,11 +234,16 @@ def check_rows(name: str, *tensors: Tensor) -> None:
             )
 
 
-def check_table(name: str, table: PrimitiveTable, like: Tensor) -> None:
-    """Raise ValueError unless the table's tensors are where ``like`` is, dense and of its dtype."""
+def check_table(
+    name: str, table: PrimitiveTable, like: Tensor, allows_float32: bool = False
+) -> None:
+    """Raise ValueError unless the table's tensors are where ``like`` is, dense and of its dtype.
+
+    Where ``allows_float32``, ``like`` may be of float32 over any pool.
+    """
     cells, numbers, indices = table.cells, table.numbers, table.indices
     devices = {tensor.device for tensor in (cells, numbers, indices, like)}
     if len(devices) > 1 or not (cells.is_contiguous() and numbers.is_contiguous()):
         raise ValueError(f"{name}: the table's tensors must be dense and on {like.device}")
-    if numbers.dtype is not like.dtype:
+    if numbers.dtype is not like.dtype and not (allows_float32 and like.dtype is torch.float32):
         raise ValueError(f"{name}: the pool holds {numbers.dtype}, the rows {like.dtype}")

@@ -41,6 +41,16 @@ class Launch:
         """The kernel's."""
         return str(self.kernel.__name__)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the kernel's own constants."""
+        # Triton's default for fused multiply-adds changes with its versions.
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self) -> None:
         """Launch it on the current stream; a grid without programs is none."""
         if 0 in self.grid:
@@ -48,8 +58,7 @@ class Launch:
         self.kernel[self.grid](
             **self.arguments,
             **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
+            **self.options,
         )
 
 

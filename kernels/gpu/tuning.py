@@ -60,33 +60,22 @@ def tuning_file(device_name: str, folder: Path | None = None) -> Path:
     return root / (re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-") + ".json")
 
 
-def read_measured(path: Path, num_configs: Mapping[str, int]) -> Measured:
+def read_measured(path: Path) -> Measured:
     """What ``write_measured`` wrote; nothing where there is no file.
 
-    Args:
-        path: Of the file.
-        num_configs: How many configurations each operation has.
-
     Raises:
-        ValueError: The file is of another version of the kernels: measure again.
+        ValueError: The file holds something else.
     """
     if not path.exists():
         return {}
     try:
         stored = json.loads(path.read_text())
-        measured = {
+        return {
             operation: {Key(*entry["key"]): int(entry["config"]) for entry in entries}
             for operation, entries in stored.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a tuning file: {error}; remove it") from error
-    for operation, choices in measured.items():
-        if any(not 0 <= index < num_configs.get(operation, 0) for index in choices.values()):
-            raise ValueError(
-                f"{path} names configurations of {operation} that there are not; remove it, or"
-                " measure again with: deltamux bench kernels --tune"
-            )
-    return measured
 
 
 def write_measured(path: Path, measured: Measured) -> None:

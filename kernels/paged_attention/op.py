@@ -28,6 +28,8 @@ class PagedBatch:
         context_lens: (sequences,) int32, one past the last key that its last row sees.
         block_tables: (sequences, max_blocks) int32; entries past a sequence's context are not read.
         slot_mapping: (rows,) int64, block * block_size + offset where each row's key and value go.
+            On a GPU, a captured decode step is padded with rows of slot -1, which are written
+            nowhere, each a sequence of its own with a context of 0, whose attention is 0.
         max_seqlen_q: Bound on the rows of a sequence, known without looking at the tensors.
         max_context_len: Bound on ``context_lens``, likewise.
     """

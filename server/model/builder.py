@@ -154,8 +154,7 @@ class ModelBuilder:
         parts = torch.split(out, [shape[0] for shape in shapes])
         for name, part, tensor in zip(names, parts, stored, strict=True):
             part.copy_(tensor)
-            # NaN and Inf outlive a sum, which unlike isfinite needs no mask as large as the weight.
-            if not part.sum(dtype=torch.float32).isfinite():
+            if not _is_finite(part):
                 raise ModelCorrupt(f"tensor {name} holds NaN or Inf as {self._dtype}")
         return out
 
@@ -184,3 +183,8 @@ class ModelBuilder:
         self._sites.append(site)
         self._num_targets += len(outs)
         return SiteTargets(first, site.out_starts, tuple(outs.values()))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and Inf outlive a sum, which unlike isfinite needs no mask as large as the weight.
+    return bool(tensor.sum(dtype=torch.float32).isfinite())

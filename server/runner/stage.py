@@ -53,16 +53,14 @@ class PinnedStage:
     """Pinned memory and its twin on a GPU.
 
     Args:
-        device: Of the twin.
-        num_bytes: Of both; what does not fit goes a way of its own.
+        host: (bytes,) uint8, page-locked; what does not fit goes a way of its own.
+        twin: (bytes,) uint8, on the device.
     """
 
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        """Allocate both."""
-        self._device = device
-        self._host = _pinned(torch.empty(num_bytes, dtype=torch.uint8))
-        self._bytes = self._host.numpy()
-        self._twin = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, host: Array, twin: Tensor) -> None:
+        """Begin empty."""
+        self._host = host
+        self._twin = twin
         self._end = 0
         self._sent = 0
         self._copied: torch.cuda.Event | None = None
@@ -76,11 +74,11 @@ class PinnedStage:
     def place(self, array: Array) -> Tensor:
         """Lay the array behind the last one."""
         start, num_bytes = self._end, array.nbytes
-        if start + num_bytes > len(self._bytes):
+        if start + num_bytes > len(self._host):
             beside = _pinned(torch.from_numpy(np.ascontiguousarray(array)))
-            return beside.to(self._device, non_blocking=True)
+            return beside.to(self._twin.device, non_blocking=True)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._bytes[start : start + num_bytes] = flat
+        self._host[start : start + num_bytes] = flat
         self._end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         return self._twin[start : start + num_bytes].view(dtype).view(array.shape)
@@ -89,8 +87,8 @@ class PinnedStage:
         """One copy on the current stream."""
         if self._end == self._sent:
             return
-        part = slice(self._sent, min(self._end, len(self._bytes)))
-        self._twin[part].copy_(self._host[part], non_blocking=True)
+        part = slice(self._sent, min(self._end, len(self._host)))
+        self._twin[part].copy_(torch.from_numpy(self._host[part]), non_blocking=True)
         self._sent = self._end
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -99,7 +97,10 @@ class PinnedStage:
 
 def make_stage(device: torch.device, num_bytes: int) -> Stage:
     """The stage of a device."""
-    return PinnedStage(device, num_bytes) if device.type == "cuda" else HostStage()
+    if device.type != "cuda":
+        return HostStage()
+    host = _pinned(torch.empty(num_bytes, dtype=torch.uint8)).numpy()
+    return PinnedStage(host, torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

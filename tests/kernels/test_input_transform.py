@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -114,13 +115,20 @@ def check(backend: Backend, site: Site, rows: int, groups: Groups) -> None:
     assert same_bits(buffer, margins), "columns beside the view were written"
 
 
-@pytest.fixture(params=["compiled", "reference"])
+@pytest.fixture(params=["compiled", "reference", "interpreted"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 5, 16, 39])
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [
+        *product(["compiled", "reference"], [1, 5, 16, 39]),
+        *product(["interpreted"], [1, 39]),  # one by one, and in tiles
+    ],
+    indirect=["backend"],
+)
 def test_it_is_its_explicit_matrix(
     backend: Backend, dtype: torch.dtype, shape: str, rows: int
 ) -> None:

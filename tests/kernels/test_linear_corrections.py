@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from deltamux.kernels.backend import Backend, DeltaOps
+from deltamux.kernels.circulant.gpu import ADD_CIRCULANT
 from deltamux.kernels.circulant.op import Cell as CirculantCell
+from deltamux.kernels.dense.gpu import ADD_DENSE
 from deltamux.kernels.dense.op import Cell as DenseCell
+from deltamux.kernels.gpu.tuning import Key
+from deltamux.kernels.kronecker.gpu import ADD_KRONECKER
 from deltamux.kernels.kronecker.op import Cell as KroneckerCell
+from deltamux.kernels.output_rows.gpu import REPLACE_OUTPUTS
 from deltamux.kernels.output_rows.op import Cell as OutputRowsCell
+from deltamux.kernels.sparse.gpu import ADD_SPARSE
 from deltamux.kernels.sparse.op import Cell as SparseCell
+from deltamux.kernels.spectral import gpu as spectral_gpu
 from deltamux.kernels.tables import CorrectLinear, PrimitiveTable, SiteTargets
 
 from .compare import assert_close, same_bits
@@ -165,6 +172,10 @@ def deltas(request: pytest.FixtureRequest) -> DeltaOps:
     return backend.deltas
 
 
+MAX_INNER = 300
+"""Of the Kronecker products here: the largest m k."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One GEMM with adapters; ``deltas[target, slot]`` is missing where the cell is empty."""
@@ -206,8 +217,14 @@ def expected(site: Site, y: Tensor, x: Tensor, groups: Groups) -> tuple[Tensor, 
 
 
 def check(
-    correct: CorrectLinear, site: Site, dtype: torch.dtype, rows: int, groups: Groups
+    correct: CorrectLinear,
+    site: Site,
+    dtype: torch.dtype,
+    rows: int,
+    groups: Groups,
+    padding: Tensor | None = None,
 ) -> None:
+    """``padding`` are rows that ``Segments.rows`` has behind those of the groups."""
     rng = torch.Generator().manual_seed(1)
     x = strided_rows(rows, site.in_size, dtype, rng)
     y = strided_rows(rows, site.out_size, dtype, rng)
@@ -215,7 +232,10 @@ def check(
     before, buffer = y.clone(), y._base
     assert buffer is not None
     margins = buffer.clone()
-    correct(y, x, site.table, site.targets, segments_of(groups))
+    segments = replace(segments_of(groups), max_inner=MAX_INNER)
+    if padding is not None:
+        segments = replace(segments, rows=torch.cat((segments.rows, padding)))
+    correct(y, x, site.table, site.targets, segments)
     exact, magnitude = expected(site, before, x, groups)
     if inside.any():
         assert_close(y[inside], exact[inside], magnitude[inside])
@@ -249,6 +269,71 @@ def test_it_is_its_explicit_matrix(
     check(getattr(deltas, name), site, dtype, 29, MIXED)
 
 
+def test_on_a_gpu_it_is_its_explicit_matrix(
+    interpreted: Backend, operation: tuple[str, Make], dtype: torch.dtype
+) -> None:
+    name, make = operation
+    site = make_site(make, dtype, 60, (30, 20), slots=3)
+    check(getattr(interpreted.deltas, name), site, dtype, 29, MIXED)
+
+
+@pytest.mark.parametrize(("in_size", "width"), [(7, 1), (1, 5)])
+def test_on_a_gpu_a_width_of_one_is_its_explicit_matrix(
+    interpreted: Backend, operation: tuple[str, Make], in_size: int, width: int
+) -> None:
+    name, make = operation
+    site = make_site(make, torch.float32, in_size, (width,))
+    check(getattr(interpreted.deltas, name), site, torch.float32, 4, [(1, 4, 0, -0.625)])
+
+
+@pytest.mark.parametrize("groups", [[(0, 1, 0, 1.0)], [(s, s + 1, s, 0.5) for s in range(4)]])
+def test_on_a_gpu_a_decode_step_is_its_explicit_matrix(
+    interpreted: Backend, operation: tuple[str, Make], groups: Groups
+) -> None:
+    name, make = operation
+    site = make_site(make, torch.float16, 60, (24, 12), slots=4)
+    check(getattr(interpreted.deltas, name), site, torch.float16, len(groups), groups)
+
+
+def test_on_a_gpu_a_long_segment_is_its_explicit_matrix(
+    interpreted: Backend, operation: tuple[str, Make]
+) -> None:
+    name, make = operation
+    site = make_site(make, torch.float32, 36, (12,))
+    check(getattr(interpreted.deltas, name), site, torch.float32, 130, [(0, 129, 0, 1.0)])
+
+
+GPU_OPERATIONS = {
+    "dense": ADD_DENSE,
+    "sparse": ADD_SPARSE,
+    "kronecker": ADD_KRONECKER,
+    "kronecker-rank-19": ADD_KRONECKER,
+    "circulant-12": ADD_CIRCULANT,
+    "output-rows": REPLACE_OUTPUTS,
+}
+
+
+@pytest.mark.parametrize("case", GPU_OPERATIONS)
+def test_on_a_gpu_every_configuration_computes_the_same(case: str) -> None:
+    correction, (name, make) = GPU_OPERATIONS[case], OPERATIONS[case]
+    site = make_site(make, torch.bfloat16, 60, (24,))
+    for config in range(correction.num_configs):
+        measured = {name: {Key.of(7, MAX_INNER, 60): config}}
+        check(correction.tuned(measured), site, torch.bfloat16, 8, [(0, 7, 0, 1.0)])
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+def test_a_captured_spectral_step_has_rows_of_no_segment(
+    monkeypatch: pytest.MonkeyPatch, interpreted: Backend, dtype: torch.dtype, block: int
+) -> None:
+    """Rows are transformed in blocks, whose ends are not those of segments."""
+    monkeypatch.setattr(spectral_gpu, "BLOCK", block)
+    site = make_site(spectral, dtype, 60, (20, 30), slots=3)
+    groups = [(1, 2, 0, 1.0), (2, 2, 2, 1.0), (3, 9, 1, 0.5), (10, 12, 2, 1.0), (0, 0, 0, 0.0)]
+    padding = torch.tensor([0, 2, 9, 12, 12, 12])
+    check(interpreted.deltas.add_spectral, site, dtype, 13, groups, padding)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 16, 17, 65, 130])
 def test_every_number_of_rows(
     compiled: Backend, operation: tuple[str, Make], dtype: torch.dtype, rows: int
@@ -258,10 +343,12 @@ def test_every_number_of_rows(
     check(getattr(compiled.deltas, name), site, dtype, rows, [(0, rows, 0, 1.0)])
 
 
+@pytest.mark.parametrize("backend", ["compiled", "reference", "interpreted"])
 def test_no_segments_and_no_targets(
-    deltas: DeltaOps, operation: tuple[str, Make], dtype: torch.dtype
+    request: pytest.FixtureRequest, backend: str, operation: tuple[str, Make], dtype: torch.dtype
 ) -> None:
     name, make = operation
+    deltas = request.getfixturevalue(backend).deltas
     site = make_site(make, dtype, 12, (12,))
     check(getattr(deltas, name), site, dtype, 3, [])
     rng = torch.Generator().manual_seed(2)
@@ -291,15 +378,17 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
         assert same_bits(alone, together[row : row + 1])
 
 
+@pytest.mark.parametrize("backend", ["compiled", "interpreted"])
 def test_a_nan_stays_in_its_row(
-    compiled: Backend, operation: tuple[str, Make], dtype: torch.dtype
+    request: pytest.FixtureRequest, backend: str, operation: tuple[str, Make], dtype: torch.dtype
 ) -> None:
+    deltas = request.getfixturevalue(backend).deltas
     name, make = operation
     site = make_site(make, dtype, 60, (60,))
     rng = torch.Generator().manual_seed(4)
     x, y = strided_rows(9, 60, dtype, rng), strided_rows(9, 60, dtype, rng)
     x[4] = float("nan")
-    getattr(compiled.deltas, name)(y, x, site.table, site.targets, segments_of([(0, 9, 0, 1.0)]))
+    getattr(deltas, name)(y, x, site.table, site.targets, segments_of([(0, 9, 0, 1.0)]))
     touched = site.deltas[0, 0].weight.numel() and site.deltas[0, 0].weight.any()
     assert y.isnan().any(1).tolist() == [row == 4 and bool(touched) for row in range(9)]
 
@@ -425,12 +514,16 @@ def test_tables_and_targets_that_do_not_fit_are_refused(
     assert torch.equal(y, torch.ones(3, 12))
 
 
-def test_only_a_sparse_product_takes_float32_rows_over_bfloat16_weights(compiled: Backend) -> None:
+@pytest.mark.parametrize("backend", ["compiled", "interpreted"])
+def test_only_a_sparse_product_takes_float32_rows_over_bfloat16_weights(
+    request: pytest.FixtureRequest, backend: str
+) -> None:
+    deltas = request.getfixturevalue(backend).deltas
     rows, segments = torch.ones(3, 12), segments_of([(0, 3, 0, 1.0)])
     for case in ("sparse", "dense"):
         name, make = OPERATIONS[case]
         site = make_site(make, torch.bfloat16, 12, (12,))
-        correct: CorrectLinear = getattr(compiled.deltas, name)
+        correct: CorrectLinear = getattr(deltas, name)
         if case == "sparse":
             y = rows.clone()
             correct(y, rows, site.table, site.targets, segments)

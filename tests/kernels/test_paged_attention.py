@@ -1,133 +1,30 @@
 """paged_attention and write_kv over a cache whose unused places are poisoned."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 from deltamux.kernels.backend import Backend
-from deltamux.kernels.paged_attention.op import PagedBatch
 
-from .compare import assert_close, same_bits
+from .compare import same_bits
+from .paged_steps import NAN, check, make_step, single
 
-NAN = float("nan")
-GARBAGE = -(2**31)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step's query and caches, with the dense keys and values they were filled from.
-
-    keys[i] and values[i] begin with the first key that sequence i may see.
-    """
-
-    query: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
-    batch: PagedBatch
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+Case = tuple[str | int | None, ...]
 
 
-def make_step(
-    dtype: torch.dtype,
-    lens: Sequence[tuple[int, int]],
-    heads: int = 9,
-    kv_heads: int = 3,
-    head_dim: int = 64,
-    block_size: int = 16,
-    starts: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Step:
-    """lens: (query rows, context) of each sequence; blocks lie shuffled, query rows are strided.
-
-    starts: the first key of each sequence, 0 by default; NaN lies before it.
-    """
-    starts = [0] * len(lens) if starts is None else starts
-    rng = torch.Generator().manual_seed(seed)
-    needed = [-(-context // block_size) for _, context in lens]
-    free = torch.randperm(sum(needed) + 3, generator=rng).tolist()
-    shape = (len(free), kv_heads, block_size, head_dim)
-    caches = [torch.full(shape, NAN, dtype=dtype) for _ in range(2)]
-    tables = torch.full((len(lens), max(needed) + 2), GARBAGE, dtype=torch.int32)
-    dense: tuple[list[Tensor], list[Tensor]] = ([], [])
-    slots: list[Tensor] = []
-    for i, (q_len, context) in enumerate(lens):
-        blocks = [free.pop() for _ in range(needed[i])]
-        tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        position = torch.arange(context)
-        block, offset = torch.tensor(blocks)[position // block_size], position % block_size
-        for cache, kept in zip(caches, dense, strict=True):
-            drawn = torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype)
-            kept.append(drawn[starts[i] :])
-            cache[block[starts[i] :], :, offset[starts[i] :]] = kept[-1]
-        slots.append((block * block_size + offset)[context - q_len :])
-    rows = sum(q_len for q_len, _ in lens)
-    wide = torch.full((rows, heads + 2 * kv_heads, head_dim), NAN, dtype=dtype)
-    wide[:, :heads] = torch.randn(rows, heads, head_dim, generator=rng) * 2
-    batch = PagedBatch(
-        cu_seqlens_q=torch.tensor([0, *(q for q, _ in lens)]).cumsum(0).int(),
-        context_starts=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
-        block_tables=tables,
-        slot_mapping=torch.cat(slots),
-        max_seqlen_q=max(q_len for q_len, _ in lens),
-        max_context_len=max(context for _, context in lens),
-    )
-    return Step(wide[:, :heads], *caches, batch, tuple(dense[0]), tuple(dense[1]))
+@pytest.fixture(params=["compiled", "interpreted"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.getfixturevalue(request.param)
 
 
-def exact(step: Step, scale: float, window: int | None) -> Tensor:
-    """The formula in float64 on the dense keys and values."""
-    out = []
-    bounds = step.batch.cu_seqlens_q.tolist()
-    for i, (keys, values) in enumerate(zip(step.keys, step.values, strict=True)):
-        query = step.query[bounds[i] : bounds[i + 1]].double()
-        group = query.shape[1] // keys.shape[1]
-        k, v = (t.double().repeat_interleave(group, 1) for t in (keys, values))
-        hi = torch.arange(len(keys) - len(query), len(keys))[:, None]
-        j = torch.arange(len(keys))[None]
-        hidden = (j > hi) | (j <= hi - (window or len(keys) + 1))
-        scores = torch.einsum("qhd,khd->hqk", query, k) * scale
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(out).float()
-
-
-def check(
-    backend: Backend, step: Step, window: int | None = None, scale: float | None = None
-) -> Tensor:
-    scale = step.query.shape[2] ** -0.5 if scale is None else scale
-    before = [t.clone() for t in (step.key_cache, step.value_cache)]
-    out = backend.paged_attention(
-        step.query, step.key_cache, step.value_cache, step.batch, scale, window
-    )
-    assert out.shape == step.query.shape
-    assert out.is_contiguous()
-    assert_close(out, exact(step, scale, window), magnitude=4.0)
-    for cache, kept in zip((step.key_cache, step.value_cache), before, strict=True):
-        assert same_bits(cache, kept)
-    return out
-
-
-def single(step: Step, sequence: int, first: int, last: int) -> Step:
-    """Query rows first .. last of one sequence, with the context they had, as a step alone."""
-    batch = step.batch
-    start = int(batch.cu_seqlens_q[sequence])
-    q_len = int(batch.cu_seqlens_q[sequence + 1]) - start
-    context = int(batch.context_lens[sequence]) - q_len + last
-    alone = PagedBatch(
-        torch.tensor([0, last - first], dtype=torch.int32),
-        batch.context_starts[sequence : sequence + 1],
-        torch.tensor([context], dtype=torch.int32),
-        batch.block_tables[sequence : sequence + 1],
-        batch.slot_mapping[start + first : start + last],
-        max_seqlen_q=last - first,
-        max_context_len=context,
-    )
-    return replace(step, query=step.query[start + first : start + last], batch=alone)
+def on_both(compiled: Iterable[Case], interpreted: Iterable[Case]) -> list[Case]:
+    """Cases of both backends: the interpreter is slow, and gets the awkward ones alone."""
+    named = {"compiled": compiled, "interpreted": interpreted}
+    return [(name, *case) for name, cases in named.items() for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -138,49 +35,70 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("head_dim", [7, 32, 60, 64, 80, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "group"),
+    on_both(product([7, 32, 60, 64, 80, 128], [1, 3, 4, 7]), [(7, 1), (60, 7), (128, 4)]),
+    indirect=["backend"],
+)
 def test_head_sizes_and_groups(
-    compiled: Backend, dtype: torch.dtype, head_dim: int, group: int
+    backend: Backend, dtype: torch.dtype, head_dim: int, group: int
 ) -> None:
     lens = [(1, 1), (1, 17), (5, 70), (33, 33)]
-    check(compiled, make_step(dtype, lens, 2 * group, 2, head_dim))
+    check(backend, make_step(dtype, lens, 2 * group, 2, head_dim))
 
 
 @pytest.mark.parametrize(
-    ("q_len", "context"),
-    [(1, 64), (1, 65), (1, 1000), (2, 64), (16, 16), (31, 95), (32, 33), (97, 97), (300, 411)],
+    ("backend", "q_len", "context"),
+    on_both(
+        [(1, 64), (1, 65), (1, 1000), (2, 64), (16, 16), (31, 95), (32, 33), (97, 97), (300, 411)],
+        [(1, 65), (2, 64), (63, 95)],
+    ),
+    indirect=["backend"],
 )
-def test_one_sequence(compiled: Backend, dtype: torch.dtype, q_len: int, context: int) -> None:
-    check(compiled, make_step(dtype, [(q_len, context)]))
+def test_one_sequence(backend: Backend, dtype: torch.dtype, q_len: int, context: int) -> None:
+    check(backend, make_step(dtype, [(q_len, context)]))
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16, 64, 256])
-def test_block_sizes(compiled: Backend, dtype: torch.dtype, block_size: int) -> None:
-    check(compiled, make_step(dtype, [(1, 129), (40, 140), (1, 3)], block_size=block_size))
+@pytest.mark.parametrize(
+    ("backend", "block_size"),
+    on_both([(1,), (3,), (16,), (64,), (256,)], [(1,), (3,), (256,)]),
+    indirect=["backend"],
+)
+def test_block_sizes(backend: Backend, dtype: torch.dtype, block_size: int) -> None:
+    check(backend, make_step(dtype, [(1, 129), (40, 140), (1, 3)], block_size=block_size))
 
 
-@pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 200, 10_000])
-def test_sliding_windows(compiled: Backend, dtype: torch.dtype, window: int) -> None:
-    check(compiled, make_step(dtype, [(1, 150), (70, 200), (1, 1), (130, 130)]), window)
+@pytest.mark.parametrize(
+    ("backend", "window"),
+    on_both([(w,) for w in (1, 2, 16, 63, 64, 65, 200, 10_000)], [(1,), (65,)]),
+    indirect=["backend"],
+)
+def test_sliding_windows(backend: Backend, dtype: torch.dtype, window: int) -> None:
+    check(backend, make_step(dtype, [(1, 150), (70, 200), (1, 1), (130, 130)]), window)
 
 
-def test_keys_before_the_window_are_not_read(compiled: Backend, dtype: torch.dtype) -> None:
+def test_keys_before_the_window_are_not_read(backend: Backend, dtype: torch.dtype) -> None:
     step = make_step(dtype, [(1, 150)], block_size=1)
     for cache in (step.key_cache, step.value_cache):
         cache[step.batch.block_tables[0, :100].long()] = NAN
-    check(compiled, step, window=50)
+    check(backend, step, window=50)
 
 
-@pytest.mark.parametrize("name", ["compiled", "reference"])
-@pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("start", [1, 15, 16, 64, 130])
+@pytest.mark.parametrize(
+    ("backend", "window", "start"),
+    [
+        *product(["compiled", "reference"], [None, 1, 40], [1, 15, 16, 64, 130]),
+        ("interpreted", None, 15),
+        ("interpreted", 40, 64),
+    ],
+    indirect=["backend"],
+)
 def test_keys_before_the_start_are_not_seen(
-    request: pytest.FixtureRequest, dtype: torch.dtype, name: str, window: int | None, start: int
+    backend: Backend, dtype: torch.dtype, window: int | None, start: int
 ) -> None:
     lens = [(1, start + 1), (1, 200), (70, 200), (start + 3, 2 * start + 3), (3, 3)]
     step = make_step(dtype, lens, starts=[start, start, start, start, 0])
-    check(request.getfixturevalue(name), step, window)
+    check(backend, step, window)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -211,12 +129,12 @@ def test_a_row_behind_a_start_has_the_same_bits_in_any_chunk(
             assert same_bits(out, together[2 * i + first : 2 * i + last])
 
 
-def test_large_scores_do_not_overflow(compiled: Backend, dtype: torch.dtype) -> None:
+def test_large_scores_do_not_overflow(backend: Backend, dtype: torch.dtype) -> None:
     step = make_step(dtype, [(70, 200), (1, 90)])
     for tensor in (step.query, step.key_cache):
         tensor.round_()  # whole numbers, so that float32 holds every score exactly
     whole = replace(step, keys=tuple(keys.round() for keys in step.keys))
-    check(compiled, whole, scale=16.0)
+    check(backend, whole, scale=16.0)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -239,11 +157,11 @@ def test_a_row_has_the_same_bits_in_decode_in_any_chunk_and_in_any_company(
                 assert same_bits(out, together[bounds[i] + first : bounds[i] + last])
 
 
-def test_a_nan_stays_in_its_sequence(compiled: Backend, dtype: torch.dtype) -> None:
+def test_a_nan_stays_in_its_sequence(backend: Backend, dtype: torch.dtype) -> None:
     step = make_step(dtype, [(1, 50), (1, 60), (4, 20)])
-    clean = check(compiled, step)
+    clean = check(backend, step)
     step.query[1, 2, 3] = NAN
-    out = compiled.paged_attention(
+    out = backend.paged_attention(
         step.query, step.key_cache, step.value_cache, step.batch, 0.125, None
     )
     assert out[1, 2].isnan().all()
@@ -252,19 +170,19 @@ def test_a_nan_stays_in_its_sequence(compiled: Backend, dtype: torch.dtype) -> N
     assert same_bits(out[others], clean[others])
 
 
-def test_sequences_without_query_rows(compiled: Backend, dtype: torch.dtype) -> None:
-    check(compiled, make_step(dtype, [(0, 20), (2, 20), (0, 5)]))
+def test_sequences_without_query_rows(backend: Backend, dtype: torch.dtype) -> None:
+    check(backend, make_step(dtype, [(0, 20), (2, 20), (0, 5)]))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 300])
 def test_write_kv_fills_its_slots_and_no_other(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int
+    backend: Backend, reference: Backend, dtype: torch.dtype, rows: int
 ) -> None:
     rng = torch.Generator().manual_seed(0)
     caches = [torch.full((40, 3, 16, 60), NAN, dtype=dtype) for _ in range(4)]
     wide = torch.randn(rows, 15, 60, generator=rng).to(dtype)
     slots = torch.randperm(40 * 16, generator=rng)[:rows]
-    compiled.write_kv(wide[:, 9:12], wide[:, 12:], caches[0], caches[1], slots)
+    backend.write_kv(wide[:, 9:12], wide[:, 12:], caches[0], caches[1], slots)
     reference.write_kv(wide[:, 9:12], wide[:, 12:], caches[2], caches[3], slots)
     assert same_bits(caches[0], caches[2])
     assert same_bits(caches[1], caches[3])
@@ -301,7 +219,7 @@ def test_tables_that_reach_outside_are_refused(
         compiled.paged_attention(step.query, step.key_cache, step.value_cache, batch, 0.125, None)
 
 
-def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
+def test_wrong_tensors_are_refused_by_what_is_wrong(backend: Backend) -> None:
     step = make_step(torch.float32, [(4, 20)])
     cases = [
         ({"query": step.query.bfloat16()}, "bfloat16"),
@@ -318,6 +236,6 @@ def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
     for changes, words in cases:
         wrong = replace(step, **changes)
         with pytest.raises(ValueError, match=words):
-            compiled.paged_attention(
+            backend.paged_attention(
                 wrong.query, wrong.key_cache, wrong.value_cache, wrong.batch, 0.125, None
             )

@@ -1,11 +1,14 @@
 """Corrections away from linear modules: embeddings, norms, bottlenecks and side attention.
 
-The compiled kernels are held to the reference, which ``test_row_references.py`` is about.
+The compiled kernels and the GPU's are held to the reference, which ``test_row_references.py`` is about.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.activations import ACT2FN
@@ -47,6 +50,16 @@ def make_case(request: pytest.FixtureRequest) -> MakeCase:
     return request.param
 
 
+BACKENDS = ("compiled", "interpreted")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    # The interpreter computes by numpy, which would warn of infinities and NaN.
+    with np.errstate(all="ignore"):
+        yield request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=[1, 2])
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -55,16 +68,27 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def check(case: Case, compiled: Backend, reference: Backend, magnitude: float) -> None:
+def each_backend(
+    names: str, compiled: Sequence[Any], interpreted: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """Parametrizes over both with cases of their own: the interpreter is slow."""
+    cases = [
+        (name, *(case if isinstance(case, tuple) else (case,)))
+        for name, of_it in zip(BACKENDS, (compiled, interpreted), strict=True)
+        for case in of_it
+    ]
+    return pytest.mark.parametrize(("backend", *names.split()), cases, indirect=["backend"])
+
+
+def check(case: Case, backend: Backend, reference: Backend, magnitude: float) -> None:
     """Within ``magnitude``'s tolerance of the reference in float32, on every row."""
-    assert_close(case.run(compiled), case.wide().run(reference), magnitude)
+    assert_close(case.run(backend), case.wide().run(reference), magnitude)
 
 
-@pytest.mark.parametrize("width", [1, 7, 48])
-@pytest.mark.parametrize("hidden", [33, 64, 576])
+@each_backend("hidden width", list(product((33, 64, 576), (1, 7, 48))), [(33, 7), (130, 48)])
 @pytest.mark.parametrize("source", Source)
 def test_bottleneck_shapes(
-    compiled: Backend,
+    backend: Backend,
     reference: Backend,
     dtype: torch.dtype,
     hidden: int,
@@ -76,22 +100,22 @@ def test_bottleneck_shapes(
     if source is Source.SUM:  # the sum is of the dtype, so that here nothing is left to round
         h, r = case.inputs
         exact = replace(exact, inputs=((h + r).float(), torch.zeros_like(exact.inputs[1])))
-    assert_close(case.run(compiled), exact.run(reference), magnitude=20.0)
+    assert_close(case.run(backend), exact.run(reference), magnitude=20.0)
 
 
 @pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@each_backend("scale", [0.01, 1.0, 30.0], [1.0])
 def test_activations(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, activation: Activation, scale: float
+    backend: Backend, reference: Backend, dtype: torch.dtype, activation: Activation, scale: float
 ) -> None:
     case = bottleneck_case(dtype, 64, 48, activation)
     case = replace(case, inputs=tuple(each * scale for each in case.inputs))
     degree = 2 if activation is Activation.RELU_SQUARED else 1
-    check(case, compiled, reference, 10 * max(1.0, scale) ** degree)
+    check(case, backend, reference, 10 * max(1.0, scale) ** degree)
 
 
 @pytest.mark.parametrize(("activation", "name"), ACT_NAMES)
-def test_activations_at_their_limits(compiled: Backend, activation: Activation, name: str) -> None:
+def test_activations_at_their_limits(backend: Backend, activation: Activation, name: str) -> None:
     """One column through the identity, so that the activation itself is seen.
 
     The tails of gelu fall as exp(-x²/2), which multiplies a rounding of x by x².
@@ -103,25 +127,28 @@ def test_activations_at_their_limits(compiled: Backend, activation: Activation, 
     cell = Cell(1, activation, Source.OUTPUT, pool.put(one), pool.put(one))
     table = pool.table(1, 1, {(0, 0): cell})
     case = Case(torch.zeros_like(z), (z, z), table, bottleneck_case(torch.float32).apply)
-    out = case.run(compiled, [(0, len(z), 0, 1.0)])
+    out = case.run(backend, [(0, len(z), 0, 1.0)])
     exact = ACT2FN[name](z.double()).float().double()  # what float32 cannot hold is infinite
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-17)
 
 
-def test_bottleneck_in_place(compiled: Backend, reference: Backend, dtype: torch.dtype) -> None:
+@each_backend("hidden", [576], [66])
+def test_bottleneck_in_place(
+    backend: Backend, reference: Backend, dtype: torch.dtype, hidden: int
+) -> None:
     """``out`` may be the very tensor that is read."""
     for source in Source:
-        case = bottleneck_case(dtype, 576, 48, source=source)
+        case = bottleneck_case(dtype, hidden, 48, source=source)
         apart = replace(case, out=case.inputs[0])
-        for backend in (compiled, reference):
-            expected = apart.run(backend)
+        for tested in (backend, reference):
+            expected = apart.run(tested)
             out = case.inputs[0].clone()
-            case.apply(backend, out, (out, case.inputs[1]), case.table, segments_of(GROUPS))
+            case.apply(tested, out, (out, case.inputs[1]), case.table, segments_of(GROUPS))
             assert same_bits(out, expected)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "length"),
+@each_backend(
+    "heads kv_heads head_dim length",
     [
         (6, 2, 20, 11),
         (9, 3, 64, 10),
@@ -130,9 +157,10 @@ def test_bottleneck_in_place(compiled: Backend, reference: Backend, dtype: torch
         (5, 1, 80, 12),
         (1, 1, 33, 16),
     ],
+    [(6, 2, 20, 11), (4, 4, 7, 1), (14, 2, 64, 40), (5, 1, 80, 12), (1, 1, 33, 16)],
 )
 def test_side_attention_shapes(
-    compiled: Backend,
+    backend: Backend,
     reference: Backend,
     dtype: torch.dtype,
     heads: int,
@@ -140,28 +168,32 @@ def test_side_attention_shapes(
     head_dim: int,
     length: int,
 ) -> None:
-    check(side_case(dtype, heads, kv_heads, head_dim, length), compiled, reference, 10.0)
+    check(side_case(dtype, heads, kv_heads, head_dim, length), backend, reference, 10.0)
 
 
 def test_side_attention_with_large_scores(
-    compiled: Backend, reference: Backend, dtype: torch.dtype
+    backend: Backend, reference: Backend, dtype: torch.dtype
 ) -> None:
     case = side_case(dtype, head_dim=64)
     numbers = case.table.numbers.round()  # whole numbers, so that float32 holds every score exactly
     query = (case.inputs[0] * 100).round()
     check(
         replace(case, inputs=(query,), table=replace(case.table, numbers=numbers)),
-        compiled,
+        backend,
         reference,
         10.0,
     )
 
 
-@pytest.mark.parametrize("shape", [(576,), (60,), (2,), (33,), (3, 64), (9, 20)])
+@each_backend(
+    "shape",
+    [((576,),), ((60,),), ((2,),), ((33,),), ((3, 64),), ((9, 20),)],
+    [((33,),), ((9, 20),)],
+)
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_norm_shapes(
-    compiled: Backend,
+    backend: Backend,
     reference: Backend,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -170,56 +202,58 @@ def test_norm_shapes(
 ) -> None:
     """Both round as often, so that one differs by a unit of the largest where the other ties."""
     case = norm_case(dtype, shape, centered, bias)
-    actual, expected = case.run(compiled).float(), case.run(reference).float()
+    actual, expected = case.run(backend).float(), case.run(reference).float()
     largest_bias = case.table.numbers.float().nan_to_num().abs().max() if bias else 0.0
     unit = 2.0**-7 if dtype is torch.bfloat16 else 1e-5
     assert ((actual - expected).abs() <= unit * (expected.abs() + largest_bias) + 1e-6).all()
 
 
 def test_norm_with_the_bases_weight_has_the_bases_bits(
-    compiled: Backend, dtype: torch.dtype
+    backend: Backend, dtype: torch.dtype
 ) -> None:
     for shape in ((576,), (33,), (3, 64)):
         case = norm_case(dtype, shape, bias=False)
         weight, _ = case.table.cells[PLACE, 0].tolist()
-        base = compiled.rms_norm(case.inputs[0], numbers(case, weight, shape[-1]), EPS)
-        assert same_bits(case.run(compiled, [(0, ROWS, 0, 1.0)]), base)
+        base = backend.rms_norm(case.inputs[0], numbers(case, weight, shape[-1]), EPS)
+        assert same_bits(case.run(backend, [(0, ROWS, 0, 1.0)]), base)
 
 
-@pytest.mark.parametrize("hidden", [576, 64, 33, 1])
+@each_backend("hidden", [576, 64, 33, 1], [576, 1])
 def test_rows_are_copied(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, hidden: int
+    backend: Backend, reference: Backend, dtype: torch.dtype, hidden: int
 ) -> None:
     case = rows_case(dtype, hidden)
-    assert same_bits(case.run(compiled), case.run(reference))
+    assert same_bits(case.run(backend), case.run(reference))
 
 
-@pytest.mark.parametrize("rank", [1, 7, 48])
-@pytest.mark.parametrize("hidden", [576, 64, 33])
+@each_backend(
+    "hidden rank", list(product((576, 64, 33), (1, 7, 48))), [(576, 48), (64, 1), (33, 7)]
+)
 def test_embedding_shapes(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, hidden: int, rank: int
+    backend: Backend, reference: Backend, dtype: torch.dtype, hidden: int, rank: int
 ) -> None:
-    check(embedding_case(dtype, hidden, rank), compiled, reference, 4.0 * rank)
+    check(embedding_case(dtype, hidden, rank), backend, reference, 4.0 * rank)
 
 
 # ---- what holds for every one
 
 
 def test_only_rows_of_segments_with_a_cell_change(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, make_case: MakeCase
+    backend: Backend, reference: Backend, dtype: torch.dtype, make_case: MakeCase
 ) -> None:
     case = make_case(dtype)
     groups = [*GROUPS[:2], (4, 6, EMPTY, 1.0), *GROUPS[2:]]
-    for backend in (compiled, reference):
-        changed = (case.run(backend, groups) != case.out).flatten(1).any(1)
+    for tested in (backend, reference):
+        out = case.run(tested, groups)
+        changed = (out != case.out).flatten(1).any(1)
         assert not changed[OUTSIDE].any()
         assert changed[[0, *range(6, 43)]].float().mean() > 0.8
         # what their rows hold is not looked at
         inputs = [each.clone() for each in case.inputs]
         for each in inputs:
             each[OUTSIDE] = NAN if each.is_floating_point() else -HUGE
-        again = replace(case, inputs=tuple(inputs)).run(backend, groups)
-        assert same_bits(again, case.run(backend, groups))
+        again = replace(case, inputs=tuple(inputs)).run(tested, groups)
+        assert same_bits(again, out)
 
 
 @pytest.mark.usefixtures("_threads")
@@ -250,11 +284,11 @@ def test_wide_rows_have_the_same_bits_in_every_tile(
 
 
 @pytest.mark.parametrize("make", [bottleneck_case, sum_case, side_case, norm_case, centered_case])
-def test_a_nan_stays_in_its_row(compiled: Backend, dtype: torch.dtype, make: MakeCase) -> None:
+def test_a_nan_stays_in_its_row(backend: Backend, dtype: torch.dtype, make: MakeCase) -> None:
     case = make(dtype)
     for each in case.inputs:
         each[8].view(-1)[7] = NAN
-    out = case.run(compiled).flatten(1)
+    out = case.run(backend).flatten(1)
     assert out.isnan().any(1).tolist() == [row == 8 for row in range(ROWS)]
 
 
@@ -333,15 +367,23 @@ def test_tokens_outside_the_embedding_are_refused(
 
 
 def test_a_token_that_is_not_replaced_may_be_any(
-    compiled: Backend, reference: Backend, dtype: torch.dtype
+    backend: Backend, reference: Backend, dtype: torch.dtype
 ) -> None:
     case = rows_case(dtype)
     case.inputs[0][40:43] = torch.tensor([-1, VOCAB, HUGE])
-    for backend in (compiled, reference):
-        assert same_bits(case.run(backend)[40:43], case.out[40:43])
+    for tested in (backend, reference):
+        assert same_bits(case.run(tested)[40:43], case.out[40:43])
 
 
-def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend, make_case: MakeCase) -> None:
+def test_float16(interpreted: Backend, reference: Backend, make_case: MakeCase) -> None:
+    """On a GPU only: against the reference, which rounds as often, by some units of each other."""
+    case = make_case(torch.float16)
+    actual, expected = case.run(interpreted).float(), case.run(reference).float()
+    unit = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(actual, expected, rtol=unit, atol=4 * unit)
+
+
+def test_wrong_tensors_are_refused_by_what_is_wrong(backend: Backend, make_case: MakeCase) -> None:
     case = make_case(torch.float32)
     first, *others = case.inputs
     numbers = replace(case.table, numbers=case.table.numbers.double())
@@ -356,4 +398,4 @@ def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend, make_case
     ]
     for each, words in wrong:
         with pytest.raises(ValueError, match=words):
-            each.apply(compiled, each.out, each.inputs, each.table, segments_of(GROUPS))
+            each.apply(backend, each.out, each.inputs, each.table, segments_of(GROUPS))

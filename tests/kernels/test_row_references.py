@@ -1,4 +1,4 @@
-"""The reference of the row corrections against formulas of torch and transformers."""
+"""The reference of the row corrections and the GPU's against torch and transformers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +29,11 @@ from .row_cases import (
 )
 
 
+@pytest.fixture(params=["reference", "interpreted"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.getfixturevalue(request.param)
+
+
 def each_group(case: Case) -> Iterator[tuple[slice, tuple[int, ...], float]]:
     """Rows, cell and weight of every group with a cell."""
     for start, end, slot, weight in GROUPS:
@@ -57,7 +62,7 @@ def test_reference_bottleneck_is_two_linears_with_transformers_activation(
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
-def test_reference_side_attention_is_torchs(reference: Backend, heads: int, kv_heads: int) -> None:
+def test_side_attention_is_torchs(backend: Backend, heads: int, kv_heads: int) -> None:
     case = side_case(torch.float32, heads, kv_heads)
     expected = case.out.clone()
     for rows, (length, *offsets), weight in each_group(case):
@@ -66,13 +71,13 @@ def test_reference_side_attention_is_torchs(reference: Backend, heads: int, kv_h
             case.inputs[0][rows].transpose(0, 1), keys, values, enable_gqa=True
         )
         expected[rows] += weight * attended.transpose(0, 1)
-    torch.testing.assert_close(case.run(reference), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(case.run(backend), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_reference_norm_is_transformers_and_torchs(
-    reference: Backend, dtype: torch.dtype, centered: bool, bias: bool
+def test_norm_is_transformers_and_torchs(
+    backend: Backend, dtype: torch.dtype, centered: bool, bias: bool
 ) -> None:
     case = norm_case(dtype, (33,), centered, bias)
     expected = case.out.clone()
@@ -87,12 +92,10 @@ def test_reference_norm_is_transformers_and_torchs(
             rms = LlamaRMSNorm(33, EPS).to(dtype)
             rms.load_state_dict({"weight": g})
             expected[rows] = rms(case.inputs[0][rows]).detach() + b
-    torch.testing.assert_close(case.run(reference), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(case.run(backend), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_reference_rows_are_an_embedding_with_other_rows(
-    reference: Backend, dtype: torch.dtype
-) -> None:
+def test_rows_are_an_embedding_with_other_rows(backend: Backend, dtype: torch.dtype) -> None:
     case = rows_case(dtype)
     table = torch.randn(VOCAB, 33).to(dtype)
     case = replace(case, out=functional.embedding(case.inputs[0], table))
@@ -102,11 +105,11 @@ def test_reference_rows_are_an_embedding_with_other_rows(
         which = case.table.indices[ids : ids + count].long() if ids >= 0 else slice(None)
         changed[which] = numbers(case, at, count, 33)
         expected[rows] = functional.embedding(case.inputs[0][rows], changed)
-    assert same_bits(case.run(reference), expected)
+    assert same_bits(case.run(backend), expected)
 
 
-def test_reference_correction_is_a_low_rank_change_of_the_whole_embedding(
-    reference: Backend,
+def test_correction_is_a_low_rank_change_of_the_whole_embedding(
+    backend: Backend,
 ) -> None:
     case = embedding_case(torch.float32)
     table = torch.randn(VOCAB, 33)
@@ -117,4 +120,4 @@ def test_reference_correction_is_a_low_rank_change_of_the_whole_embedding(
         if rank:
             changed += weight * numbers(case, a, VOCAB, rank) @ numbers(case, b, rank, 33)
         expected[rows] = functional.embedding(case.inputs[0][rows], changed)
-    torch.testing.assert_close(case.run(reference), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(case.run(backend), expected, rtol=1e-5, atol=1e-5)

@@ -96,14 +96,17 @@ def differences(case: Case, answer: httpx.Response) -> str | None:
     return None if worst <= TOLERANCE else f"log-probabilities differ by {worst}"
 
 
-def served_answers(model: Path, cases: list[Case], folder: Path) -> dict[str, list[str]]:
+def served_answers(
+    model: Path, cases: list[Case], folder: Path, **env: str
+) -> dict[str, list[str]]:
     """Serve all adapters at once, ask for all cases at once: what is wrong, by adapter."""
     adapters = folder / "adapters"
     adapters.mkdir()
     for name, saved in folders(cases).items():
         (adapters / name).symlink_to(saved, target_is_directory=True)
     options = ("--served-model-name", "base", "--adapter-dir", str(adapters), *ROOM)
-    with running_server(model, *options, "--max-num-seqs", "64", log=folder / "log") as server:
+    options = (*options, "--max-num-seqs", "64")
+    with running_server(model, *options, log=folder / "log", **env) as server:
         answers = asyncio.run(ask(server.url, cases))
     wrong = defaultdict(list)
     for case, answer in zip(cases, answers, strict=True):
