@@ -89,8 +89,6 @@ def test_a_bad_config_file_is_named(serve, tmp_path, content, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--device", "cuda"], "--device cuda is not in this release"),
-        (["--dtype", "float16"], "--dtype float16 is not in this release"),
         (["--quantization", "nf4"], "--quantization nf4 is not in this release"),
         (["--tenants", "t.yaml"], "--tenants is not in this release"),
         (["--adapter", "nameless"], "is not NAME=PATH"),

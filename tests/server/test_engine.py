@@ -326,3 +326,17 @@ def test_a_prompt_that_never_fits_is_refused_alone(tiny_model, harness):
     assert "256" in received["too long"].error
     assert received["at the edge"].finish_reason is FinishReason.LENGTH
     assert len(received["at the edge"].token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"device": "cuda"}, "torch finds no NVIDIA GPU"),
+        ({"dtype": "float16"}, "no float16 kernels for the CPU"),
+        ({"kernels": "triton"}, "need a GPU"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(tiny_model, harness, monkeypatch, changes, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineMisconfigured, match=says):
+        harness(tiny_model("llama"), **changes)
