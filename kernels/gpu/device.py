@@ -37,7 +37,9 @@ def dot_wide(a, b, acc):
     if b.dtype == tl.float32:
         return dot(a, b, acc)
     high = rounded(a, b.dtype)
-    low = rounded(a - high.to(tl.float32), b.dtype)
+    rest = a - high.to(tl.float32)
+    # Beyond float16's range the high part is infinite, as it were in float16 alone.
+    low = rounded(tl.where(tl.abs(rest) <= tl.abs(a), rest, 0.0), b.dtype)
     return dot(low, b, dot(high, b, acc))
 
 

@@ -4,6 +4,22 @@ import torch
 from deltamux.kernels.backend import Backend, compiled_backend, reference_backend
 from deltamux.kernels.gpu.backend import triton_backend
 
+from .on_gpu import ON_GPU, all_moved
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU only what runs its kernels: the rest neither needs one nor an interpreter."""
+    if ON_GPU:
+        config.hook.pytest_deselected(items=[each for each in items if not runs_kernels(each)])
+        items[:] = [each for each in items if runs_kernels(each)]
+
+
+def runs_kernels(item: pytest.Item) -> bool:
+    """Whether a test takes ``interpreted``, by its name or as a parameter."""
+    assert isinstance(item, pytest.Function)
+    parameters = item.callspec.id if hasattr(item, "callspec") else ""
+    return "interpreted" in item.fixturenames or "interpreted" in parameters
+
 
 @pytest.fixture(scope="session")
 def compiled() -> Backend:
@@ -17,8 +33,9 @@ def reference() -> Backend:
 
 @pytest.fixture(scope="session")
 def interpreted() -> Backend:
-    """The GPU's kernels under Triton's interpreter."""
-    return triton_backend({})
+    """The GPU's kernels under Triton's interpreter, or on a GPU where these are its tests."""
+    backend = triton_backend({})
+    return all_moved(backend, torch.device("cuda")) if ON_GPU else backend
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

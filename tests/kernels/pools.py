@@ -11,10 +11,13 @@ from deltamux.kernels.tables import PrimitiveTable, Segments
 NAN = float("nan")
 POISON = 0x7FC07FC0  # NaN as float32 and as two bfloat16; far outside of everything as an index
 GAP = 5
+"""Words of poison behind the last tensor, and at least as many before every one."""
+ALIGNED = 16
+"""Words in 64 bytes: the product's pool begins every tensor at a multiple, and kernels rely on it."""
 
 
 class Pool:
-    """Tensors one after another with gaps of poison between them."""
+    """Tensors at multiples of 64 bytes with poison between them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -27,8 +30,9 @@ class Pool:
         assert flat.dtype in (torch.int32, self.dtype), "the test would not know what is stored"
         words = torch.full((-(-flat.nbytes // 4),), POISON, dtype=torch.int32)
         words.view(flat.dtype)[: flat.numel()] = flat
-        self._words += [torch.full((GAP,), POISON, dtype=torch.int32), words]
-        self._used += GAP + words.numel()
+        gap = GAP + -(self._used + GAP) % ALIGNED
+        self._words += [torch.full((gap,), POISON, dtype=torch.int32), words]
+        self._used += gap + words.numel()
         return (self._used - words.numel()) * 4 // flat.element_size()
 
     def table(

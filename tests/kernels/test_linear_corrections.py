@@ -24,6 +24,7 @@ from deltamux.kernels.spectral import gpu as spectral_gpu
 from deltamux.kernels.tables import CorrectLinear, PrimitiveTable, SiteTargets
 
 from .compare import assert_close, same_bits
+from .on_gpu import placed
 from .pools import FIRST, Pool, num_threads, poison_outside, segments_of, strided_rows
 
 Groups = Sequence[tuple[int, int, int, float]]
@@ -313,13 +314,14 @@ GPU_OPERATIONS = {
 }
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("case", GPU_OPERATIONS)
 def test_on_a_gpu_every_configuration_computes_the_same(case: str) -> None:
     correction, (name, make) = GPU_OPERATIONS[case], OPERATIONS[case]
     site = make_site(make, torch.bfloat16, 60, (24,))
     for config in range(correction.num_configs):
         measured = {name: {Key.of(7, MAX_INNER, 60): config}}
-        check(correction.tuned(measured), site, torch.bfloat16, 8, [(0, 7, 0, 1.0)])
+        check(placed(correction.tuned(measured)), site, torch.bfloat16, 8, [(0, 7, 0, 1.0)])
 
 
 @pytest.mark.parametrize("block", [4, 1024])

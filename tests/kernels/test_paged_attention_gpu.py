@@ -13,6 +13,7 @@ from deltamux.kernels.paged_attention import gpu
 from deltamux.kernels.paged_attention.op import PagedBatch
 
 from .compare import same_bits
+from .on_gpu import placed
 from .paged_steps import GARBAGE, NAN, Step, check, exact, make_step
 
 CONTEXTS = (1, 15, 16, 17, 63, 300)
@@ -121,7 +122,7 @@ def test_every_configuration_computes_the_same(interpreted: Backend, config: int
     for lens in ([(1, 140), (1, 3)], [(1, 140), (20, 33)]):
         step = make_step(torch.bfloat16, lens, heads=3, kv_heads=1)
         key = Key.of(step.batch.max_seqlen_q, step.batch.max_context_len, 64)
-        tuned = gpu.tuned({"paged_attention": {key: config}})
+        tuned = placed(gpu.tuned({"paged_attention": {key: config}}))
         check(replace(interpreted, paged_attention=tuned), step)
 
 

@@ -1,6 +1,6 @@
 """Corrections away from linear modules: embeddings, norms, bottlenecks and side attention.
 
-The compiled kernels and the GPU's are held to the reference, which ``test_row_references.py`` is about.
+Both kinds of kernels are held to the reference, which ``test_row_references.py`` is about.
 """
 
 from collections.abc import Iterator, Sequence
@@ -157,7 +157,7 @@ def test_bottleneck_in_place(
         (5, 1, 80, 12),
         (1, 1, 33, 16),
     ],
-    [(6, 2, 20, 11), (4, 4, 7, 1), (14, 2, 64, 40), (5, 1, 80, 12), (1, 1, 33, 16)],
+    [(6, 2, 20, 11), (4, 4, 7, 1), (14, 2, 64, 20), (1, 1, 33, 16)],
 )
 def test_side_attention_shapes(
     backend: Backend,
@@ -226,9 +226,7 @@ def test_rows_are_copied(
     assert same_bits(case.run(backend), case.run(reference))
 
 
-@each_backend(
-    "hidden rank", list(product((576, 64, 33), (1, 7, 48))), [(576, 48), (64, 1), (33, 7)]
-)
+@each_backend("hidden rank", list(product((576, 64, 33), (1, 7, 48))), [(300, 48), (33, 1)])
 def test_embedding_shapes(
     backend: Backend, reference: Backend, dtype: torch.dtype, hidden: int, rank: int
 ) -> None:
@@ -379,8 +377,7 @@ def test_float16(interpreted: Backend, reference: Backend, make_case: MakeCase) 
     """On a GPU only: against the reference, which rounds as often, by some units of each other."""
     case = make_case(torch.float16)
     actual, expected = case.run(interpreted).float(), case.run(reference).float()
-    unit = torch.finfo(torch.float16).eps
-    torch.testing.assert_close(actual, expected, rtol=unit, atol=4 * unit)
+    torch.testing.assert_close(actual, expected, rtol=2.0**-10, atol=2.0**-8)
 
 
 def test_wrong_tensors_are_refused_by_what_is_wrong(backend: Backend, make_case: MakeCase) -> None:
