@@ -1,10 +1,12 @@
 """Puts the engine's parts together. Imports torch, so only the engine process imports this."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ...adapters.device.pool import AdapterPool
+from ...adapters.device.pool import AdapterPool, Placement
 from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterTooLarge
 from ...adapters.lower import lower
@@ -30,8 +32,47 @@ _ADAPTER_SLOTS_PER_SEQUENCE = 4
 """Parts of adapters that may be on the device, per sequence that may run: some are kept warm."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of."""
+
+    decoder: Decoder
+    scheduler: Scheduler
+    blocks: BlockManager
+    runner: Runner
+    host: HostTier
+    residency: Residency[LoweredAdapter, Placement]
+    room: Room
+    info: EngineInfo
+
+    def engine(self) -> Engine:
+        """The engine of these parts; it is the only one to touch them from now on."""
+        return Engine(
+            self.scheduler,
+            self.blocks,
+            self.runner,
+            self.host,
+            self.residency,
+            self.decoder.layout,
+            self.room,
+        )
+
+
 def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     """Load the base, allocate the device memory and put the parts together.
+
+    Raises:
+        EngineMisconfigured: The options do not go together with each other or with the base.
+        ModelError: The base is refused.
+    """
+    parts = build_parts(config)
+    return parts.engine(), parts.host, parts.info
+
+
+def build_parts(
+    config: EngineConfig, instrument: Callable[[Backend], Backend] | None = None
+) -> EngineParts:
+    """The parts of an engine, on device operations that ``instrument`` may put others around.
 
     Raises:
         EngineMisconfigured: The options do not go together with each other or with the base.
@@ -40,6 +81,8 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     device = _resolve_device(config.device)
     dtype = _resolve_dtype(config.dtype, device)
     backend = _backend(config.kernels, dtype, device)
+    if instrument is not None:
+        backend = instrument(backend)
     base = load_base(Path(config.model_folder), dtype, device, backend)
     decoder = base.decoder
     limits, num_blocks = _limits(config, decoder)
@@ -70,8 +113,8 @@ def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
     )
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
-    engine = Engine(scheduler, blocks, runner, host, residency, decoder.layout, room)
-    return engine, host, _info(config, decoder, backend, limits, num_blocks, room)
+    info = _info(config, decoder, backend, limits, num_blocks, room)
+    return EngineParts(decoder, scheduler, blocks, runner, host, residency, room, info)
 
 
 def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:

@@ -27,10 +27,17 @@ one busy process on two cores, a decode step of 75 ms then takes 520 ms instead 
 """
 
 
+def let_idle_threads_sleep() -> None:
+    """Have threads of torch that wait for work give their core to others soon.
+
+    The setting is read when torch loads libgomp, which must not have happened yet.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+
+
 def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
     """Entry point of the process; returns when it is told to shut down."""
-    # Read when torch loads libgomp, which must not have happened yet.
-    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    let_idle_threads_sleep()
     if config.kernels == "interpret":
         # Read when triton is imported, by which its functions become interpreted ones for good.
         os.environ["TRITON_INTERPRET"] = "1"

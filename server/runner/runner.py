@@ -1,7 +1,7 @@
 """Runs one planned step: batch, model, sampler.
 
-A step has three parts. What the host knows is laid out and sent to the device; then everything is
-launched, without waiting for any of it; then the chosen tokens are read.
+A step has four parts. What the host knows is laid out and sent to the device; the model and then
+the choice of tokens are launched, without waiting for either; then the chosen tokens are read.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -55,15 +55,15 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """What was launched.
+    """What the model computes.
 
     Attributes:
-        hidden: (rows, hidden), None where the step was padded and all of its rows choose.
-        sampled: The choices, None where no sequence chooses.
+        hidden: (rows, hidden), None where the step is padded and all of its rows choose.
+        logits: (n, vocab) float32, of the sequences that choose; None where none does.
     """
 
     hidden: Tensor | None
-    sampled: Sampled | None
+    logits: Tensor | None
 
 
 class Runner:
@@ -108,7 +108,8 @@ class Runner:
     def run(self, plan: StepPlan) -> list[SequenceResult]:
         """One result per scheduled sequence, in the plan's order."""
         inputs = self.prepare(plan)
-        return self.collect(plan, inputs, self.launch(inputs))
+        outputs = self.compute(inputs)
+        return self.collect(plan, inputs, outputs, self.choose(inputs, outputs))
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Lay the step out and send it to the device."""
@@ -130,26 +131,30 @@ class Runner:
         self._stage.flush()
         return StepInputs(batch, deltas, sampling, head_deltas)
 
-    def launch(self, inputs: StepInputs) -> StepOutputs:
-        """Launch everything up to the choice of tokens; nothing here waits for the device."""
+    def compute(self, inputs: StepInputs) -> StepOutputs:
+        """Launch the model; nothing here waits for the device."""
         if inputs.batch.bucket is not None:
-            logits = self._padded_logits(inputs)[: len(inputs.sampling)]
-            return StepOutputs(None, start_sampling(logits, inputs.sampling, self._stage))
+            return StepOutputs(None, self._padded_logits(inputs)[: len(inputs.sampling)])
         hidden = self._forward(inputs)
         if not inputs.sampling:
             return StepOutputs(hidden, None)
         rows = hidden[inputs.batch.sample_rows]
-        logits = self._decoder.logits(rows, inputs.head_deltas)
-        return StepOutputs(hidden, start_sampling(logits, inputs.sampling, self._stage))
+        return StepOutputs(hidden, self._decoder.logits(rows, inputs.head_deltas))
+
+    def choose(self, inputs: StepInputs, outputs: StepOutputs) -> Sampled | None:
+        """Launch the choice of tokens; nothing here waits for the device either."""
+        if outputs.logits is None:
+            return None
+        return start_sampling(outputs.logits, inputs.sampling, self._stage)
 
     def collect(
-        self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs
+        self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs, sampled: Sampled | None
     ) -> list[SequenceResult]:
         """Read what was chosen."""
         batch = inputs.batch
         choices: Iterator[Choice] = iter(())
-        if outputs.sampled is not None:
-            choices = iter(read_choices(outputs.sampled, inputs.sampling, self._stage))
+        if sampled is not None:
+            choices = iter(read_choices(sampled, inputs.sampling, self._stage))
         results: dict[ScheduledSequence, SequenceResult] = {}
         for index, item in enumerate(batch.scheduled):
             choice = next(choices) if item.samples else Choice(None)

@@ -226,7 +226,7 @@ def make_traced(model: Path, lowered: dict[str, LoweredAdapter], mode: FakeTenso
 def record(traced: Traced, plan: StepPlan) -> tuple[Recorder, StepInputs]:
     with traced.mode, Recorder() as recorder:
         inputs = traced.runner.prepare(plan)
-        traced.runner.launch(inputs)
+        traced.runner.choose(inputs, traced.runner.compute(inputs))
     return recorder, inputs
 
 
