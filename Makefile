@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format docs bench demo-adapters clean
+.PHONY: help serve test lint format docs bench gpu-check demo-adapters clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ serve: .venv/installed ## Serve the demo base with the demo adapters on 127.0.0.
 	@exec $(BIN)/deltamux serve smollm2 --adapter-dir examples/adapters $(ARGS)
 
 test: lint ## Lint, check the types and run the whole test suite
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: .venv/installed-test ## Lint, formatting and types only
 	$(BIN)/ruff check
@@ -38,6 +38,9 @@ docs: .venv/installed ## Write docs/adapters.md from the adapter kinds
 
 bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
 	benchmarks/run.sh $(BIN) $(ARGS)
+
+gpu-check: .venv/installed-test ## Check and measure everything on an NVIDIA GPU (ARGS="--base FOLDER"; docs/gpu-check.md)
+	$(BIN)/python -m deltamux.benchmarks.gpu_check $(ARGS)
 
 demo-adapters: .venv/installed-train ## Train PEFT's and BitFit's of examples/adapters again (minutes each on a CPU)
 	$(BIN)/python examples/train_demo_adapters.py $(ARGS)

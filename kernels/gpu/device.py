@@ -38,9 +38,9 @@ def dot_wide(a, b, acc):
         return dot(a, b, acc)
     high = rounded(a, b.dtype)
     rest = a - high.to(tl.float32)
-    # Beyond float16's range the high part is infinite, as it were in float16 alone.
-    low = rounded(tl.where(tl.abs(rest) <= tl.abs(a), rest, 0.0), b.dtype)
-    return dot(low, b, dot(high, b, acc))
+    if b.dtype == tl.float16:  # beyond its range the high part is infinite, and shall stay so
+        rest = tl.where(tl.abs(rest) <= tl.abs(a), rest, 0.0)
+    return dot(rounded(rest, b.dtype), b, dot(high, b, acc))
 
 
 @triton.jit

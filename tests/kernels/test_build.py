@@ -16,6 +16,8 @@ import torch
 from deltamux.kernels import build
 from deltamux.kernels.backend import Backend, compiled_backend, select_backend
 
+CPU = torch.device("cpu")
+
 
 class FakeCompiler:
     """A shell script in place of a compiler: predefines ``macros``, writes a file, keeps a log.
@@ -131,10 +133,10 @@ def test_without_a_compiler_auto_warns_and_compiled_refuses(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert select_backend("auto", torch.float32, tmp_path).name == "reference"
+        assert select_backend("auto", torch.float32, CPU, tmp_path).name == "reference"
     assert "install g++" in caplog.text
     with pytest.raises(build.CompilerError, match="install g"):
-        select_backend("compiled", torch.float32, tmp_path)
+        select_backend("compiled", torch.float32, CPU, tmp_path)
 
 
 def test_a_compiler_that_is_not_there_is_named(
@@ -148,18 +150,31 @@ def test_a_compiler_that_is_not_there_is_named(
 def test_backends_by_name(compiled: Backend) -> None:
     names = ("auto", "compiled", "reference")
     for dtype in (torch.float32, torch.bfloat16):
-        chosen = [select_backend(name, dtype).name for name in names]
+        chosen = [select_backend(name, dtype, CPU).name for name in names]
         assert chosen == [compiled.name, "compiled", "reference"]
-    with pytest.raises(ValueError, match="auto, compiled or reference"):
-        select_backend("fast", torch.float32)
+    with pytest.raises(ValueError, match="no backend 'fast'"):
+        select_backend("fast", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "says"),
+    [
+        ("triton", "cpu", "need a GPU"),
+        ("interpret", "cuda", "no backend 'interpret' for cuda"),
+        ("compiled", "cuda", "compiled kernels are for the CPU"),
+    ],
+)
+def test_a_backend_of_another_device_is_refused(name: str, device: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        select_backend(name, torch.bfloat16, torch.device(device))
 
 
 def test_a_dtype_without_compiled_kernels(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert select_backend("auto", torch.float16).name == "reference"
+        assert select_backend("auto", torch.float16, CPU).name == "reference"
     assert "no compiled kernels for torch.float16: serve in float32 or bfloat16" in caplog.text
     with pytest.raises(ValueError, match=r"no compiled kernels for torch\.float16"):
-        select_backend("compiled", torch.float16)
+        select_backend("compiled", torch.float16, CPU)
 
 
 def test_a_cache_folder_that_cannot_be_made(
@@ -169,8 +184,8 @@ def test_a_cache_folder_that_cannot_be_made(
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache"
     with pytest.raises(build.CompilerError, match=r"cannot keep.*file/cache.*XDG_CACHE_HOME"):
-        select_backend("compiled", torch.float32, folder)
-    assert select_backend("auto", torch.float32, folder).name == "reference"
+        select_backend("compiled", torch.float32, CPU, folder)
+    assert select_backend("auto", torch.float32, CPU, folder).name == "reference"
     assert "file/cache" in caplog.text
 
 
@@ -189,8 +204,8 @@ def test_a_library_that_cannot_be_loaded(
 ) -> None:
     monkeypatch.setenv("CXX", *FakeCompiler(tmp_path).compiler.command)
     with pytest.raises(build.CompilerError, match=r"cannot load.*remove .*kernels-\w+\.so"):
-        select_backend("compiled", torch.float32, tmp_path / "cache")
-    assert select_backend("auto", torch.float32, tmp_path / "cache").name == "reference"
+        select_backend("compiled", torch.float32, CPU, tmp_path / "cache")
+    assert select_backend("auto", torch.float32, CPU, tmp_path / "cache").name == "reference"
     assert "cannot load" in caplog.text
 
 

@@ -23,6 +23,7 @@ from deltamux.server.model.loader import load_model
 from .paged_run import PagedRun, random_schedule
 
 TinyModel = Callable[..., Path]
+CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["reference", "auto"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return select_backend(request.param, torch.float32)
+    return select_backend(request.param, torch.float32, CPU)
 
 
 def load(

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,11 +43,10 @@ def adapters(model, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def sockets(tmp_path) -> Path:
-    """Where the server keeps its temporary files."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    return folder
+def sockets() -> Iterator[Path]:
+    """Where the server keeps its temporary files: a short path, as those of sockets must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
