@@ -2,8 +2,10 @@
 
 import os
 
-# Before anything imports triton, which reads it once: kernels are interpreted in this process.
-os.environ["TRITON_INTERPRET"] = "1"
+# Before anything imports triton, which reads it once: kernels are interpreted in this process,
+# unless it is there to run them on a GPU (tests/kernels/on_gpu.py).
+if os.environ.get("DELTAMUX_TEST_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path

@@ -112,7 +112,7 @@ def launches(out: Tensor, h: Tensor, r: Tensor, config: int, place: Place) -> Se
 
 def tuned(measured: Measured) -> AddBottleneck:
     """The operation, with the configurations that were measured best on the device."""
-    return partial(_add_bottleneck, Choice(NAME, choose_config, measured))
+    return partial(_add_bottleneck, Choice(NAME, choose_config, len(CONFIGS), measured))
 
 
 def production(shapes: Shapes, dtype: torch.dtype) -> Iterator[Launch]:

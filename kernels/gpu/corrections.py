@@ -147,7 +147,8 @@ class Correction:
 
     def tuned(self, measured: Measured) -> CorrectLinear:
         """The operation, with the configurations that were measured best on the device."""
-        return partial(self._correct, Choice(self.name, self.choose_config, measured))
+        choice = Choice(self.name, self.choose_config, self.num_configs, measured)
+        return partial(self._correct, choice)
 
     def production(self, shapes: Shapes, dtype: torch.dtype) -> Iterator[Launch]:
         """The launches of every configuration at the site with the most targets of a base."""

@@ -41,12 +41,25 @@ Measured = Mapping[str, Mapping[Key, int]]
 
 
 class Choice:
-    """The configuration of one operation, by its sizes."""
+    """The configuration of one operation, by its sizes.
 
-    def __init__(self, operation: str, rule: ChooseConfig, measured: Measured) -> None:
+    Raises:
+        ValueError: What was measured names a configuration that there is not.
+    """
+
+    def __init__(
+        self, operation: str, rule: ChooseConfig, num_configs: int, measured: Measured
+    ) -> None:
         """Prefer what was measured of this operation to its rule."""
         self._rule = rule
         self._measured = measured.get(operation, {})
+        for key, index in self._measured.items():
+            if not 0 <= index < num_configs:
+                raise ValueError(
+                    f"{operation} has {num_configs} configurations, and the tuning file of this"
+                    f" device names number {index} for {key}: it is of another version; run"
+                    " deltamux bench kernels --tune again"
+                )
 
     def __call__(self, key: Key) -> int:
         """An index into the operation's configurations."""

@@ -296,7 +296,8 @@ def write_kv(
 
 def tuned(measured: Measured) -> PagedAttention:
     """paged_attention, with the configurations that were measured best on the device."""
-    return partial(_paged_attention, Choice("paged_attention", choose_config, measured))
+    choice = Choice("paged_attention", choose_config, len(CONFIGS), measured)
+    return partial(_paged_attention, choice)
 
 
 def _paged_attention(

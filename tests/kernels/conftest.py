@@ -4,7 +4,7 @@ import torch
 from deltamux.kernels.backend import Backend, compiled_backend, reference_backend
 from deltamux.kernels.gpu.backend import triton_backend
 
-from .on_gpu import ON_GPU, all_moved
+from .on_gpu import DEVICE, ON_GPU, all_moved
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,7 +35,7 @@ def reference() -> Backend:
 def interpreted() -> Backend:
     """The GPU's kernels under Triton's interpreter, or on a GPU where these are its tests."""
     backend = triton_backend({})
-    return all_moved(backend, torch.device("cuda")) if ON_GPU else backend
+    return all_moved(backend, DEVICE) if ON_GPU else backend
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

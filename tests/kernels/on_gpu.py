@@ -16,13 +16,15 @@ from torch import Tensor
 ON_GPU = os.environ.get("DELTAMUX_TEST_GPU") == "1"
 """Whether this process tests a real GPU instead of Triton's interpreter."""
 
+DEVICE = torch.device("cuda")
+
 Op = TypeVar("Op", bound=Callable[..., Any])
 Bundle = TypeVar("Bundle")
 
 
 def placed(operation: Op) -> Op:
     """The operation as tests call it here: as it is, or with its operands on the GPU."""
-    return moved(operation, torch.device("cuda")) if ON_GPU else operation
+    return moved(operation, DEVICE) if ON_GPU else operation
 
 
 def all_moved(operations: Bundle, device: torch.device) -> Bundle:

@@ -13,7 +13,7 @@ POISON = 0x7FC07FC0  # NaN as float32 and as two bfloat16; far outside of everyt
 GAP = 5
 """Words of poison behind the last tensor, and at least as many before every one."""
 ALIGNED = 16
-"""Words in 64 bytes: the product's pool begins every tensor at a multiple, and kernels rely on it."""
+"""Words in 64 bytes: the product's pool begins every tensor at a multiple; kernels rely on it."""
 
 
 class Pool:
