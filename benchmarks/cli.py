@@ -1,15 +1,18 @@
 """``deltamux bench``: what may be asked of the benchmarks, and how they refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from .errors import BenchmarkError
+from .load.command import serve
 
 _PACKAGES = ("httpx", "rich", "matplotlib")
 """Of the extra ``bench``."""
+Command = TypeVar("Command", bound=Callable[..., object])
 _POSITIVE = click.FloatRange(0, min_open=True)
 
 
@@ -21,26 +24,38 @@ def bench() -> None:
 @bench.command()
 @click.option("--compile-only", is_flag=True, help="Compile the GPU's kernels; no GPU is needed.")
 @click.option(
+    "--tune",
+    is_flag=True,
+    help="Time the kernels' configurations on this GPU and keep the fastest for the server.",
+)
+@click.option(
     "--filter",
     "text",
     default="",
     metavar="TEXT",
-    help="Only what has TEXT in its name: operations with --compile-only, else cases.",
+    help="Only what has TEXT in its name: operations with --compile-only and --tune, else cases.",
 )
-def kernels(compile_only: bool, text: str) -> None:
-    """Time the CPU's kernels, or compile the GPU's and tell what they take there.
+def kernels(compile_only: bool, tune: bool, text: str) -> None:
+    """Time the CPU's kernels, or compile or tune the GPU's and tell what they take there.
 
     With --compile-only the exit status is 1 if a kernel spills registers, needs more shared memory
     than there is, or multiplies without matrix instructions.
     """
+    if compile_only and tune:
+        raise click.UsageError("--compile-only needs no GPU and --tune needs one: give one of them")
     with _errors_of_use():
-        if compile_only:
+        if tune:
+            from .tune import run as tune_kernels
+
+            tune_kernels(text)
+        elif compile_only:
             from .compile_kernels import run as compile_kernels
 
             raise SystemExit(1 if compile_kernels(text) else 0)
-        from .kernels import run as time_kernels
+        else:
+            from .kernels import run as time_kernels
 
-        time_kernels(text=text)
+            time_kernels(text=text)
 
 
 @bench.command()
@@ -104,6 +119,54 @@ def roofline(
         run(workload if base is None else workload.of(base), plot)
 
 
+def _count(flag: str, default: int, least: int, help_text: str) -> Callable[[Command], Command]:
+    """An option that is a number of things."""
+    return click.option(
+        flag,
+        type=click.IntRange(least),
+        default=default,
+        metavar="N",
+        show_default=True,
+        help=help_text,
+    )
+
+
+@bench.command()
+@click.option("--base", default="smollm2", metavar="MODEL", show_default=True, help="The base.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of the engine.",
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "compiled", "reference"]),
+    default="auto",
+    show_default=True,
+    help="Device operations.",
+)
+@_count("--rows", 16, 1, "Sequences of a decode step.")
+@_count("--context", 128, 1, "Prompt tokens of each.")
+@_count("--adapters", 16, 0, "Different LoRAs over them; 0 for the bare base.")
+@_count("--rank", 16, 1, "Of each.")
+@_count("--steps", 40, 1, "Decode steps that are timed.")
+@_count("--seed", 0, 0, "Of prompts and adapters.")
+@click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Of torch.  [default: its own]"
+)
+def step(**options: Any) -> None:
+    """Tell where the time of a prefill and of a decode step goes on this CPU, and its floor."""
+    from ..server.engine.process import let_idle_threads_sleep
+
+    let_idle_threads_sleep()  # as in the server, before torch is imported
+    with _errors_of_use():
+        from .step import Workload, run
+
+        run(Workload(**options))
+
+
 def _refuse(name: str) -> None:
     """Name a benchmark of a later release."""
 
@@ -117,11 +180,12 @@ def _refuse(name: str) -> None:
     def refused(arguments: tuple[str, ...]) -> None:
         raise click.UsageError(
             f"bench {' '.join([name, *arguments])} is not in this release; see the roadmap in"
-            " CHANGELOG.md; python -m deltamux.benchmarks.serve measures a running server"
+            " CHANGELOG.md; deltamux bench serve measures a running server"
         )
 
 
-for _name in ("serve", "compare", "adapters", "step"):
+bench.add_command(serve)
+for _name in ("compare", "adapters"):
     _refuse(_name)
 
 

@@ -93,7 +93,7 @@ async def _post(client: httpx.AsyncClient, path: str, body: dict[str, str]) -> N
 async def run(base_url: str, soak: Soak, pid: int) -> Tally:
     """All cycles, one after another, under background traffic."""
     tally = Tally(resident_bytes=[resident_bytes(pid)])
-    async with open_client(base_url, soak.streams + 2) as client, asyncio.TaskGroup() as group:
+    async with open_client(base_url) as client, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(background(client, soak, index, tally))
             for index in range(soak.streams)
