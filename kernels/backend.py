@@ -23,8 +23,8 @@ from .input_transform import reference as input_transform_reference
 from .input_transform.compiled import CompiledInputTransform
 from .input_transform.op import TransformInput
 from .kronecker import reference as kronecker_reference
-from .linear import packed as packed_linear
 from .linear import reference as linear_reference
+from .linear.compiled import CompiledLinear
 from .linear.op import PrepareLinear
 from .norm_override import reference as norm_override_reference
 from .norm_override.compiled import CompiledNormOverride
@@ -125,7 +125,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
     return Backend(
         name="compiled",
         deltas=_compiled_deltas(library),
-        prepare_linear=packed_linear.prepare_linear,
+        prepare_linear=CompiledLinear(library).prepare_linear,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention,
         rms_norm=norm.rms_norm,

@@ -1,0 +1,88 @@
+"""The products on the processor's matrix unit (AMX), where it has one and the system lends it.
+
+oneDNN uses that unit too, but is made for many rows: with 16, a step that ought to wait for memory
+waits for oneDNN. Where there is no such unit, weights go to ``packed``.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cpu.library import INT, POINTER, require
+from .op import LinearOp
+from .packed import prepare_linear as prepare_packed
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedLinear:
+    """y = x Wᵀ + b.
+
+    Attributes:
+        multiply: The C function.
+        packed: W in tiles, as ``cpu.cpp`` says.
+        bias: b (out,), None without one.
+        in_size: Inputs.
+        out_size: Outputs.
+    """
+
+    multiply: Callable[..., None]
+    packed: Tensor
+    bias: Tensor | None
+    in_size: int
+    out_size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X (rows, in) -> (rows, out).
+
+        Raises:
+            ValueError: It has another width, another dtype, or gaps within its rows.
+        """
+        require(
+            x.dtype is torch.bfloat16 and x.shape[1] == self.in_size and x.stride(1) == 1,
+            f"expected dense bfloat16 rows of {self.in_size}",
+        )
+        y = torch.empty(len(x), self.out_size, dtype=torch.bfloat16)
+        self.multiply(
+            y.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            len(x),
+            self.in_size,
+            self.out_size,
+            self.packed.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class CompiledLinear:
+    """``linear/op.py`` for the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Find the functions, and ask for the matrix unit."""
+        library.has_matrix_unit.restype = INT
+        library.packed_size.argtypes = [INT, INT]
+        library.packed_size.restype = INT
+        library.pack_linear.argtypes = [POINTER, INT, INT, POINTER]
+        library.pack_linear.restype = None
+        library.linear_bfloat16.argtypes = [
+            *(POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, INT)
+        ]
+        library.linear_bfloat16.restype = None
+        self._library = library
+        self.has_matrix_unit = bool(library.has_matrix_unit())
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> LinearOp:
+        """y = x Wᵀ + b, a bfloat16 weight packed into tiles where there is a matrix unit."""
+        if weight.dtype is not torch.bfloat16 or not self.has_matrix_unit:
+            return prepare_packed(weight, bias)
+        out_size, in_size = weight.shape
+        packed = torch.empty(self._library.packed_size(in_size, out_size), dtype=weight.dtype)
+        dense = weight.contiguous()
+        self._library.pack_linear(dense.data_ptr(), in_size, out_size, packed.data_ptr())
+        offset = None if bias is None else bias.contiguous()
+        return _PackedLinear(self._library.linear_bfloat16, packed, offset, in_size, out_size)

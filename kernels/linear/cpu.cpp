@@ -1,0 +1,185 @@
+// y = x W^T + b in bfloat16 on AMX, the matrix unit of Intel's servers since Sapphire Rapids: one
+// instruction multiplies 16 rows of x by 16 rows of W over 32 inputs. For few rows all the work is to
+// read W, which lies packed in the order in which it is read: tile after tile of 1 KiB.
+//
+//   packed[n][k]: the tile of outputs 16 n .. and inputs 32 k .., 16 pairs of inputs (rows) by 16
+//   outputs, the two inputs of a pair side by side; beyond the weight's edges there are zeros.
+//
+// A row's sums run over its inputs in order, whatever rows stand beside it: the same bits in any company.
+#include "../cpu/simd.h"
+#include "../cpu/tables.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#define HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int64_t TILE_ROWS = 16, TILE_OUTS = 16, TILE_INS = 32, TILE = TILE_OUTS * TILE_INS;
+
+struct Shape {
+    int64_t in_size, out_size;
+    int64_t out_tiles() const { return div_up(out_size, TILE_OUTS); }
+    int64_t in_tiles() const { return div_up(in_size, TILE_INS); }
+};
+
+void pack(const bfloat16* weight, const Shape& shape, bfloat16* packed) {
+    for (int64_t n = 0; n < shape.out_tiles(); ++n)
+        for (int64_t k = 0; k < shape.in_tiles(); ++k, packed += TILE)
+            for (int64_t i = 0; i < TILE; ++i) {
+                const int64_t pair = i / (2 * TILE_OUTS), out = n * TILE_OUTS + i / 2 % TILE_OUTS;
+                const int64_t in = k * TILE_INS + 2 * pair + i % 2;
+                const bool inside = out < shape.out_size && in < shape.in_size;
+                packed[i] = inside ? weight[out * shape.in_size + in] : bfloat16{0};
+            }
+}
+
+#ifdef HAS_AMX
+
+constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS, BLOCK_OUTS = 2 * TILE_OUTS;
+constexpr int TILE_BYTES = 64;  // of a row of any tile
+
+// Palette 1: eight tiles of 16 rows of 64 bytes. 0 .. 3 are sums, 4 and 5 of x, 6 and 7 of W.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+    TileConfig() {
+        for (int tile = 0; tile < 8; ++tile) row_bytes[tile] = TILE_BYTES, rows[tile] = TILE_ROWS;
+    }
+};
+
+struct Call {
+    bfloat16* y;
+    Matrix<const bfloat16> x;
+    int64_t rows;
+    Shape shape;
+    const bfloat16 *packed, *bias;
+};
+
+// What a thread keeps: rows of x that fill no tile, with zeros behind them, and a block's sums.
+struct Scratch {
+    std::unique_ptr<bfloat16[]> rows;
+    alignas(64) float sums[BLOCK_ROWS * BLOCK_OUTS];
+    explicit Scratch(const Shape& shape)
+        : rows(new bfloat16[BLOCK_ROWS * shape.in_tiles() * TILE_INS]) {}
+};
+
+// Rows from `row` on as tiles can be loaded of them: where they lie, or copied and padded.
+Matrix<const bfloat16> tile_rows(const Call& call, int64_t row, int64_t count, Scratch& scratch) {
+    const int64_t size = call.shape.in_size, padded = call.shape.in_tiles() * TILE_INS;
+    if (size == padded && count % TILE_ROWS == 0) return call.x.from(row);
+    std::memset(scratch.rows.get(), 0, sizeof(bfloat16) * BLOCK_ROWS * padded);
+    for (int64_t r = 0; r < count; ++r)
+        std::memcpy(scratch.rows.get() + r * padded, call.x.row(row + r), sizeof(bfloat16) * size);
+    return {scratch.rows.get(), padded};
+}
+
+// sums (16 or 32 rows, 32 outputs) = x W^T over all inputs
+template <bool TWO>
+INLINE void multiply(Matrix<const bfloat16> x, const bfloat16* first, const bfloat16* second,
+                     int64_t in_tiles, float* sums) {
+    const int64_t stride = x.stride * static_cast<int64_t>(sizeof(bfloat16));
+    const bfloat16* below = x.row(TWO ? TILE_ROWS : 0);
+    _tile_zero(0);  // GCC's are statements, not expressions
+    _tile_zero(1);
+    if (TWO) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < in_tiles; ++k, first += TILE, second += TILE) {
+        _tile_loadd(4, x.data + k * TILE_INS, stride);
+        _tile_loadd(6, first, TILE_BYTES);
+        _tile_loadd(7, second, TILE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, below + k * TILE_INS, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    constexpr int64_t SUMS_BYTES = sizeof(float) * BLOCK_OUTS;
+    _tile_stored(0, sums, SUMS_BYTES);
+    _tile_stored(1, sums + TILE_OUTS, SUMS_BYTES);
+    if (TWO) {
+        _tile_stored(2, sums + TILE_ROWS * BLOCK_OUTS, SUMS_BYTES);
+        _tile_stored(3, sums + TILE_ROWS * BLOCK_OUTS + TILE_OUTS, SUMS_BYTES);
+    }
+}
+
+void write(const Call& call, int64_t row, int64_t count, int64_t out, const float* sums) {
+    const int64_t outs = min_of(BLOCK_OUTS, call.shape.out_size - out);
+    for (int64_t r = 0; r < count; ++r) {
+        bfloat16* y = call.y + (row + r) * call.shape.out_size + out;
+        for_groups(outs, LANES, [&](int64_t i, auto... n) {
+            const Floats sum = load(sums + r * BLOCK_OUTS + i, n...);
+            store(y + i, call.bias ? sum + load(call.bias + out + i, n...) : sum, n...);
+        });
+    }
+}
+
+// Two tiles of outputs for all rows: their weights are read from memory once.
+void compute(const Call& call, int64_t block, Scratch& scratch) {
+    const int64_t in_tiles = call.shape.in_tiles(), out = block * BLOCK_OUTS;
+    const bfloat16* first = call.packed + 2 * block * in_tiles * TILE;
+    const bool lone = 2 * block + 1 == call.shape.out_tiles();
+    const bfloat16* second = lone ? first : first + in_tiles * TILE;  // its sums are not written
+    for (int64_t row = 0; row < call.rows; row += BLOCK_ROWS) {
+        const int64_t count = min_of(BLOCK_ROWS, call.rows - row);
+        const Matrix<const bfloat16> x = tile_rows(call, row, count, scratch);
+        if (count > TILE_ROWS) multiply<true>(x, first, second, in_tiles, scratch.sums);
+        else multiply<false>(x, first, second, in_tiles, scratch.sums);
+        write(call, row, count, out, scratch.sums);
+    }
+}
+
+#endif
+
+}  // namespace
+
+// Whether this processor has AMX and the kernel lets this process use it; the threads that there are
+// and will be may use it then too.
+extern "C" int64_t has_matrix_unit() {
+#ifdef HAS_AMX
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+// Elements of the packed weight.
+extern "C" int64_t packed_size(int64_t in_size, int64_t out_size) {
+    const Shape shape{in_size, out_size};
+    return shape.out_tiles() * shape.in_tiles() * TILE;
+}
+
+extern "C" void pack_linear(const void* weight, int64_t in_size, int64_t out_size, void* packed) {
+    pack(static_cast<const bfloat16*>(weight), {in_size, out_size}, static_cast<bfloat16*>(packed));
+}
+
+extern "C" void linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_t rows,
+                                int64_t in_size, int64_t out_size, const void* packed,
+                                const void* bias, int64_t threads) {
+#ifdef HAS_AMX
+    const Call call{static_cast<bfloat16*>(y), {static_cast<const bfloat16*>(x), x_stride}, rows,
+                    {in_size, out_size}, static_cast<const bfloat16*>(packed),
+                    static_cast<const bfloat16*>(bias)};
+    const int64_t blocks = div_up(call.shape.out_tiles(), 2);
+    std::atomic<int64_t> next{0};
+    run_parallel(blocks > 1 ? threads : 1, [&] {
+        const TileConfig config;
+        _tile_loadconfig(&config);
+        Scratch scratch(call.shape);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
+            compute(call, i, scratch);
+        _tile_release();
+    });
+#else
+    (void)y, (void)x, (void)x_stride, (void)rows, (void)in_size, (void)out_size, (void)packed;
+    (void)bias, (void)threads;
+#endif
+}
