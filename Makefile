@@ -36,7 +36,7 @@ format: .venv/installed-test ## Let ruff rewrite what `make lint` would complain
 docs: .venv/installed ## Write docs/adapters.md from the adapter kinds
 	$(BIN)/python -m deltamux.adapters.documentation > docs/adapters.md
 
-bench: .venv/installed-bench ## Measure the server: base only, then 16 adapters, at 16 concurrent requests
+bench: .venv/installed-bench ## Measure the server: base only and with adapters, at one stream and at 16
 	benchmarks/run.sh $(BIN) $(ARGS)
 
 gpu-check: .venv/installed-test ## Check and measure everything on an NVIDIA GPU (ARGS="--base FOLDER"; docs/gpu-check.md)

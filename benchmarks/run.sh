@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# First figures: starts a server with 16 synthetic adapters, measures the base alone and then all 16,
-# and stops it. The first argument is the bin folder of a virtual environment with the bench extra, the
+# First figures: starts a server with 16 synthetic adapters, measures the base alone and with adapters,
+# at one stream and at 16, and stops it. The first argument is the bin folder of a virtual environment with the bench extra, the
 # others go to serve.py.
 set -euo pipefail
 bin=$(cd "${1:-.venv/bin}" && pwd)
@@ -18,5 +18,8 @@ until "$bin/python" -c 'import sys, httpx; httpx.get(sys.argv[1]).raise_for_stat
     kill -0 "$server" || { echo "the server ended before it was ready" >&2; exit 1; }
     sleep 1
 done
-"$bin/python" -m deltamux.benchmarks.serve --base-url "$url" --concurrency 16 --requests 64 "$@"
-"$bin/python" -m deltamux.benchmarks.serve --base-url "$url" --concurrency 16 --requests 64 --adapters 16 "$@"
+for load in "--concurrency 1 --requests 8" "--concurrency 1 --requests 8 --adapters 1" \
+    "--concurrency 16 --requests 96" "--concurrency 16 --requests 96 --adapters 16"; do
+    # shellcheck disable=SC2086  # the words of a load are options of their own
+    "$bin/python" -m deltamux.benchmarks.serve --base-url "$url" $load "$@"
+done
