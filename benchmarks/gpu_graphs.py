@@ -103,20 +103,20 @@ class Graphs:
 class CountedGraphs(StepGraphs):
     """Step graphs that know how often one was replayed."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         """None was."""
-        super().__init__()
-        self._seen: Counter[Hashable] = Counter()
+        super().__init__(max_rows, vocab_size, device)
+        self._runs: Counter[Hashable] = Counter()
 
-    def run(self, shape: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def run(self, shape: Hashable, rows: int, compute: Callable[[], Tensor]) -> Tensor:
         """See ``StepGraphs``: the first step of a shape runs as it is."""
-        self._seen[shape] += 1
-        return super().run(shape, compute)
+        self._runs[shape] += 1
+        return super().run(shape, rows, compute)
 
     @property
     def replays(self) -> int:
         """So far."""
-        return sum(self._seen.values()) - len(self._seen)
+        return sum(self._runs.values()) - len(self._runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,9 @@ def measure(options: Options) -> Graphs:
         for path in sorted(ADAPTERS.iterdir())
     }
     model = install(base, backend, adapters, device)
-    graphs, trial = CountedGraphs(), Trial(seed=options.seed)
+    trial = Trial(seed=options.seed)
+    largest = decode_buckets(max(trial.sizes))[-1]
+    graphs = CountedGraphs(largest, base.decoder.config.vocab_size, device)
     batches = compare(model, graphs, lambda: graphs.replays, trial)
     return Graphs(DEMO_BASE, tuple(adapters), tuple(batches))
 

@@ -84,7 +84,7 @@ class Segments:
             bounds = np.pad(bounds, ((0, missing), (0, 0)))
             weight = np.pad(weight, (0, missing))
             rows = np.concatenate((rows, np.setdiff1d(np.arange(bucket), rows)))
-            max_rows = 1 if max_rows <= 1 else bucket
+            max_rows = next((bound for bound in (1, 16) if max_rows <= bound < bucket), bucket)
             max_inner = 1 << max(max_inner - 1, 0).bit_length() if max_inner else 0
         start, end, slot = bounds.T.copy()
         return cls(

@@ -227,6 +227,11 @@ def cli() -> None:
     help="Do not share the computed blocks of common prefixes.",
 )
 @_option(
+    "--no-cuda-graphs",
+    is_flag=True,
+    help="Launch decode steps on a GPU kernel by kernel.",
+)
+@_option(
     "--kernels",
     type=click.Choice(["auto", "compiled", "triton", "interpret", "reference"]),
     default="auto",
@@ -250,6 +255,7 @@ def serve(
     tenants: Path | None,
     quantization: str,
     no_prefix_caching: bool,
+    no_cuda_graphs: bool,
     **options: Any,
 ) -> None:
     """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
@@ -264,6 +270,7 @@ def serve(
         adapters=adapter,
         adapter_dirs=adapter_dir,
         prefix_caching=not no_prefix_caching,
+        cuda_graphs=not no_cuda_graphs,
         **options,
     )
     # Here and not above, so that --help does not wait for transformers.

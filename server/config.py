@@ -32,6 +32,7 @@ class ServeConfig:
     memory_budget: int
     host_memory_budget: int
     prefix_caching: bool
+    cuda_graphs: bool
 
 
 def default_state_dir() -> Path:

@@ -118,6 +118,7 @@ def _engine_config(config: ServeConfig, folder: Path) -> EngineConfig:
         memory_budget=config.memory_budget,
         host_memory_budget=config.host_memory_budget,
         prefix_caching=config.prefix_caching,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -296,10 +297,12 @@ def _input_transforms(
             moved.append(RowRange(first, end, each.slot, each.weight))
             first = end
         appended.append(Segments.of(moved, place=place, bucket=bucket))
-    rows = [segments.rows for segments in present.passes]
-    return _InputTransforms(
-        present, rows[0] if len(rows) == 1 else torch.cat(rows), tuple(appended)
-    )
+    if len(passes) == 1:
+        rows = present.passes[0].rows
+    else:  # nothing that was placed is on the device yet
+        ranges_of_all = (np.arange(each.start, each.end) for ranges in passes for each in ranges)
+        rows = place(np.concatenate(list(ranges_of_all)))
+    return _InputTransforms(present, rows, tuple(appended))
 
 
 def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":

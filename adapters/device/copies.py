@@ -15,7 +15,7 @@ class Copies(Protocol):
     """The way of large tensors to the device."""
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """Start to copy; ``source`` is kept until that is done."""
+        """Start to copy; ``source`` stays as it is until that is done."""
         ...
 
     def wait(self) -> None:
@@ -45,25 +45,23 @@ class StreamCopies:
         """Open the stream."""
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._sources: list[Tensor] = []
-        self._done: torch.cuda.Event | None = None
+        self._pending = False
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Behind what was launched so far, which may still read the memory that is overwritten."""
-        if self._done is None:
-            # A step has been launched and read since, so those of earlier adapters are done.
+        if not self._pending:
             self._sources = []
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
         self._sources.append(source)
+        self._pending = True
 
     def wait(self) -> None:
         """An event between the two streams; the host does not wait."""
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
-            self._done = None
+        if self._pending:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._pending = False
 
 
 def make_copies(device: torch.device) -> Copies:

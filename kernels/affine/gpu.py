@@ -5,8 +5,9 @@
 
 The inner dimension of shrink is split over programs, since a decode step has too few rows to fill a
 GPU with anything else; each split writes a plane of its own, so that nothing is cleared first and
-no order of additions is left to chance. Ranks are exact: beyond a segment's rank no row of A or B
-is read. A segment of one row (decode) is multiplied by vector units, longer ones by matrix units.
+no order of additions is left to chance. A long segment's blocks of rows are shared by programs too.
+Ranks are exact: beyond a segment's rank no row of A or B is read. A segment of one row (decode) is
+multiplied by vector units, longer ones by matrix units.
 """
 
 from collections.abc import Sequence
@@ -81,13 +82,16 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
     sizes: dict[str, Argument] = {"h": h, "num_rows": num_rows, "max_inner": inner}
     matrix = chosen.rows > 1
     rank_blocks = triton.cdiv(site.max_inner, chosen.rank)
+    across, columns = chosen.splits * rank_blocks, triton.cdiv(site.widest, chosen.block_out)
+    shrink_parts, expand_parts = (site.parts(chosen.rows, each) for each in (across, columns))
     shrink = Launch(
         shrink_kernel,
-        (site.num_segments, site.num_targets, chosen.splits * rank_blocks),
+        (site.num_segments, site.num_targets, across * shrink_parts),
         {
             "x": site.x,
             **sizes,
             **site.segments,
+            "parts": shrink_parts,
             "in_size": site.x.shape[1],
             "x_stride": site.x.stride(0),
         },
@@ -97,7 +101,7 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
     )
     expand = Launch(
         expand_kernel,
-        (site.num_segments, site.num_targets, triton.cdiv(site.widest, chosen.block_out)),
+        (site.num_segments, site.num_targets, columns * expand_parts),
         {
             "y": site.y,
             **sizes,
@@ -106,6 +110,7 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
             "seg_weight": site.weight,
             "y_stride": site.y.stride(0),
             "num_targets": site.num_targets,
+            "parts": expand_parts,
         },
         {**shared, "BLOCK_OUT": chosen.block_out},
         num_warps=chosen.num_warps,

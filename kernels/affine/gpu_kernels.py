@@ -3,10 +3,20 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import choose, dot, dot_wide, find_cell, load_optional, rounded, tensor_at, wide
+from ..gpu.device import (
+    COUNTS,
+    choose,
+    dot,
+    dot_wide,
+    find_cell,
+    load_optional,
+    rounded,
+    tensor_at,
+    wide,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def shrink_kernel(
     h,
     x,
@@ -21,6 +31,7 @@ def shrink_kernel(
     x_stride,
     num_rows,
     max_inner,
+    parts,
     FIELDS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -28,8 +39,9 @@ def shrink_kernel(
     BLOCK_IN: tl.constexpr,
 ):
     """h[split, t, i, :] = A[:, k in split] x[i, k in split] for one segment, target and split."""
-    segment, target, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    split, rank_start = part % SPLITS, (part // SPLITS) * BLOCK_RANK
+    segment, target, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, place = place % parts, place // parts
+    split, rank_start = place % SPLITS, (place // SPLITS) * BLOCK_RANK
     start, end = tl.load(seg_start + segment), tl.load(seg_end + segment)
     cell = find_cell(cells, first + target, num_slots, tl.load(seg_slot + segment), FIELDS)
     rank = tl.load(cell).to(tl.int32)
@@ -37,11 +49,12 @@ def shrink_kernel(
         r = rank_start + tl.arange(0, BLOCK_RANK)
         a = tensor_at(numbers, cell, 1)
         plane = h + wide(split * tl.num_programs(1) + target) * num_rows * max_inner
-        for row in range(start, end, BLOCK_ROWS):
+        for row in range(start + part * BLOCK_ROWS, end, parts * BLOCK_ROWS):
             i = tl.arange(0, BLOCK_ROWS)
             there = i < end - row
             x_rows = x + wide(row) * x_stride
             acc = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+            terms = tl.zeros((BLOCK_IN if BLOCK_ROWS == 1 else 1, BLOCK_RANK), dtype=tl.float32)
             for block in range(split * BLOCK_IN, in_size, SPLITS * BLOCK_IN):
                 k = block + tl.arange(0, BLOCK_IN)
                 left = tl.load(
@@ -55,16 +68,19 @@ def shrink_kernel(
                     other=0.0,
                 )
                 if BLOCK_ROWS == 1:
-                    product = tl.trans(left).to(tl.float32) * right.to(tl.float32)
-                    acc += tl.sum(product, axis=0)[None, :]
+                    terms += tl.trans(left).to(tl.float32) * right.to(tl.float32)
                 else:
                     acc = dot(left, right, acc)
+            if BLOCK_ROWS == 1:
+                acc = tl.sum(terms, axis=0)[None, :]
             h_rows = plane + wide(row) * max_inner
             at = h_rows + i[:, None] * max_inner + r[None, :]
-            tl.store(at, acc, mask=there[:, None] & (r < rank)[None, :])
+            # Whole blocks are written, with zeros behind the rank: expand reads vectors of them.
+            found = tl.where((r < rank)[None, :], acc, 0.0)
+            tl.store(at, found, mask=there[:, None] & (r < max_inner)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def expand_kernel(
     y,
     h,
@@ -80,6 +96,7 @@ def expand_kernel(
     num_rows,
     max_inner,
     num_targets,
+    parts,
     out_start_0,
     out_start_1,
     out_start_2,
@@ -96,6 +113,7 @@ def expand_kernel(
 ):
     """y = g * y + w (h B + c) over one segment, target and block of columns."""
     segment, target, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, block = block % parts, block // parts
     out_start = choose(target, out_start_0, out_start_1, out_start_2, out_start_3)
     out_size = choose(target, out_size_0, out_size_1, out_size_2, out_size_3)
     start, end = tl.load(seg_start + segment), tl.load(seg_end + segment)
@@ -109,7 +127,7 @@ def expand_kernel(
         g = load_optional(numbers, cell, 4, column, out_size, 1.0)
         weight = tl.load(seg_weight + segment)
         plane_size = wide(num_rows) * max_inner
-        for row in range(start, end, BLOCK_ROWS):
+        for row in range(start + part * BLOCK_ROWS, end, parts * BLOCK_ROWS):
             i = tl.arange(0, BLOCK_ROWS)
             there = i < end - row
             h_rows = h + target * plane_size + wide(row) * max_inner
@@ -123,7 +141,7 @@ def expand_kernel(
                         + split * num_targets * plane_size
                         + i[:, None] * max_inner
                         + r[None, :],
-                        mask=there[:, None] & (r < rank)[None, :],
+                        mask=there[:, None] & (r < max_inner)[None, :],
                         other=0.0,
                     )
                 right = tl.load(

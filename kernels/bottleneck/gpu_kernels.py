@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import dot, dot_wide, find_cell, load_optional, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, dot, dot_wide, find_cell, load_optional, rounded, tensor_at, wide
 from ..silu_mul.gpu_kernels import sigmoid
 from .op import Activation, Source
 
@@ -85,7 +85,7 @@ def activated(x, number):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def down_kernel(
     inner,
     h,
@@ -145,7 +145,7 @@ def down_kernel(
             tl.store(at, acc, mask=there[:, None] & (w < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def up_kernel(
     out,
     inner,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dense.gpu_kernels import add_tile
-from ..gpu.device import choose, dot, find_cell, tensor_at, wide
+from ..gpu.device import COUNTS, choose, dot, find_cell, tensor_at, wide
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def times_circulant(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def circulant_kernel(
     y,
     x,

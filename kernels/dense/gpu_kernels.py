@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import choose, dot, find_cell, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, choose, dot, find_cell, rounded, tensor_at, wide
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def add_tile(
     tl.store(at, rounded(base + delta, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dense_kernel(
     y,
     x,

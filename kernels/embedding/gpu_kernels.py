@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import dot, find_cell, load_optional, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, dot, find_cell, load_optional, rounded, tensor_at, wide
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def place_of(token, ids, count, BLOCK: tl.constexpr):
     return tl.where((low < count) & (there == token), low, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def replace_rows_kernel(
     x,
     ids,
@@ -58,7 +58,7 @@ def replace_rows_kernel(
                     tl.store(x + wide(i) * hidden + k, values, mask=k < hidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def correct_embedding_kernel(
     x,
     ids,

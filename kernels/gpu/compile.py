@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .device import COUNTS
 from .launch import Argument, Launch
 
 _POINTERS: Mapping[torch.dtype, str] = {
@@ -137,19 +138,21 @@ def _specialise(
     Ones are constants, multiples of 16 are known as such.
     """
     names = launch.kernel.arg_names
+    # An interpreted function has forgotten what it was declared with.
+    counts = set(getattr(launch.kernel, "do_not_specialize", COUNTS))
     constants = dict(launch.constants)
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for position, name in enumerate(names):
         value = launch.arguments.get(name)
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in constants or (isinstance(value, int) and value == 1 and name not in counts):
             constants.setdefault(name, value)
             signature[name] = "constexpr"
         elif value is None:
             raise TypeError(f"{launch.name}: argument {name} is missing")
         else:
             signature[name] = _type_of(value)
-            if _is_aligned(value):
+            if _is_aligned(value) and name not in counts:
                 attributes[(position,)] = _ALIGNED
     return signature, constants, attributes
 

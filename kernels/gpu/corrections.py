@@ -117,6 +117,14 @@ class Site:
         tiles = triton.cdiv(self.max_rows, block_rows) * triton.cdiv(self.widest, block_out)
         return min(int(tiles), MAX_PROGRAMS)
 
+    def parts(self, block_rows: int, others: int) -> int:
+        """Programs that share a segment's blocks of rows, where ``others`` more multiply them.
+
+        At least one, and more than that only as long as there are no more than ``MAX_PROGRAMS``.
+        """
+        room = MAX_PROGRAMS // max(self.num_segments * self.num_targets * others, 1)
+        return max(1, min(int(triton.cdiv(self.max_rows, block_rows)), room))
+
 
 class Correction:
     """A GPU operation with the signature ``tables.CorrectLinear``, known to torch by its name.

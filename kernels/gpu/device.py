@@ -6,6 +6,9 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels are interpreted: TRITON_INTERPRET was set when triton was imported."""
 
+COUNTS = ("first", "row", "num_rows", "num_slots", "num_sequences", "parts")
+"""Parameters that differ from step to step: kernels are not compiled anew for kinds of them."""
+
 ALIGNED = tl.constexpr(16)
 """Elements of four bytes in 64."""
 
@@ -31,14 +34,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def dot_wide(a, b, acc):
+def dot_wide(a, b, acc, BOUNDED: tl.constexpr = False):
     """acc + a @ b in float32, with a float32 and b perhaps of 16 bits."""
     # Matrix units take a as the sum of two 16-bit numbers: its rounding then stays below float32's.
     if b.dtype == tl.float32:
         return dot(a, b, acc)
     high = rounded(a, b.dtype)
     rest = a - high.to(tl.float32)
-    if b.dtype == tl.float16:  # beyond its range the high part is infinite, and shall stay so
+    # Beyond float16's range, which a BOUNDED a is in, the high part is infinite, and stays so.
+    if b.dtype == tl.float16 and not BOUNDED:
         rest = tl.where(tl.abs(rest) <= tl.abs(a), rest, 0.0)
     return dot(rounded(rest, b.dtype), b, dot(high, b, acc))
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import dot_wide, find_cell, load_optional, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, dot_wide, find_cell, load_optional, rounded, tensor_at, wide
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def by_column(
     return acc[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def transform_input_kernel(
     x,
     scratch,

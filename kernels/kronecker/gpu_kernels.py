@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import choose, dot, dot_wide, find_cell, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, choose, dot, dot_wide, find_cell, rounded, tensor_at, wide
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def times_transposed(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def kronecker_right_kernel(
     h,
     x,
@@ -109,7 +109,7 @@ def kronecker_right_kernel(
             tl.store(at, acc, mask=there[:, None] & (c < k)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def kronecker_left_kernel(
     y,
     h,
@@ -162,10 +162,12 @@ def kronecker_left_kernel(
             acc = tl.zeros((BLOCK_Y, BLOCK_L), dtype=tl.float32)
             for block in range(0, m, BLOCK_M):
                 j = block + tl.arange(0, BLOCK_M)
-                product = tl.load(
-                    h_rows + (i * max_inner + part)[:, None] + j[None, :] * k,
-                    mask=there[:, None] & (j < m)[None, :],
-                    other=0.0,
+                product = tl.trans(
+                    tl.load(
+                        h_rows + (i * max_inner + part)[None, :] + j[:, None] * k,
+                        mask=there[None, :] & (j < m)[:, None],
+                        other=0.0,
+                    )
                 )
                 factor = tl.load(
                     left + up[None, :] * m + j[:, None],
@@ -174,7 +176,7 @@ def kronecker_left_kernel(
                 )
                 acc = dot_wide(product, factor, acc)
             y_rows = y + wide(start + row) * y_stride + out_start
-            at = y_rows + (i * y_stride + part)[:, None] + up[None, :] * k
-            mask = there[:, None] & (up < left_rows)[None, :]
+            at = y_rows + (i * y_stride + part)[None, :] + up[:, None] * k
+            mask = there[None, :] & (up < left_rows)[:, None]
             base = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(at, rounded(base + w * acc, y.dtype.element_ty), mask=mask)
+            tl.store(at, rounded(base + w * tl.trans(acc), y.dtype.element_ty), mask=mask)

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import find_cell, load_optional, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, find_cell, load_optional, rounded, tensor_at, wide
 from ..rms_norm.gpu_kernels import rms_normalized
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def override_norm_kernel(
     y,
     x,

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ..dense.gpu_kernels import times_rows
-from ..gpu.device import choose, find_cell, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, choose, find_cell, rounded, tensor_at, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def output_rows_kernel(
     y,
     x,

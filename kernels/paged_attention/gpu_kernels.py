@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import dot, dot_wide, rounded, wide
+from ..gpu.device import COUNTS, dot, dot_wide, rounded, wide
 
 LOWEST = tl.constexpr(-1e30)
 """Below every score, yet finite: 2^(-inf - LOWEST) is 0 where 2^(-inf + inf) were NaN."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def write_kv_kernel(
     key,
     value,
@@ -85,7 +85,7 @@ def attend(
         fading = tl.exp2(highest - higher)
         total = total * fading + tl.sum(weights, axis=1)
         values = tl.load(value_cache + at, mask=mask, other=0.0)
-        acc = dot_wide(weights, values, acc * fading[:, None])
+        acc = dot_wide(weights, values, acc * fading[:, None], BOUNDED=True)
         highest = higher
     return highest, total, acc
 
@@ -111,7 +111,7 @@ def find_sequence(cu_seqlens_q, num_sequences, block, BLOCK_Q: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chunk_kernel(
     out,
     query,
@@ -188,7 +188,7 @@ def find_splits(
     return first, end, begin, size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def decode_kernel(
     out,
     sums,
@@ -257,7 +257,7 @@ def decode_kernel(
             tl.store(sums + part * HEAD_DIM + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     out,
     sums,

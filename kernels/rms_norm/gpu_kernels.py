@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import rounded, wide
+from ..gpu.device import COUNTS, rounded, wide
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def rms_normalized(x, weight, size, eps, dtype: tl.constexpr):
     return rounded(scaled * weight, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rms_norm_kernel(
     y,
     x,
@@ -45,7 +45,7 @@ def rms_norm_kernel(
     tl.store(y + wide(first) * size + i * size + k, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def add_rms_norm_kernel(
     y,
     x,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import rounded, wide
+from ..gpu.device import COUNTS, rounded, wide
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def rotate(
     tl.store(at + half, rounded(v * c + u * s, dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rotary_kernel(
     query,
     key,

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import dot, dot_wide, find_cell, rounded, tensor_at, wide
+from ..gpu.device import COUNTS, dot, dot_wide, find_cell, rounded, tensor_at, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def side_attention_kernel(
     out,
     query,
@@ -72,7 +72,7 @@ def side_attention_kernel(
                     mask=(p < length)[:, None] & inside,
                     other=0.0,
                 )
-                acc = dot_wide(e, right, acc * shrunk[:, None])
+                acc = dot_wide(e, right, acc * shrunk[:, None], BOUNDED=True)
                 top = highest
             at = out + wide(base) * heads * head_dim
             at += ((away * heads + head) * head_dim)[:, None] + k[None, :]

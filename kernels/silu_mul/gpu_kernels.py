@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..gpu.device import rounded, wide
+from ..gpu.device import COUNTS, rounded, wide
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def sigmoid(x):
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def silu_mul_kernel(y, gate_up, size, row_stride, BLOCK: tl.constexpr):
     """y = silu(gate) * up for one row and block of columns."""
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

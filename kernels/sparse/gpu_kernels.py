@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dense.gpu_kernels import add_tile
-from ..gpu.device import choose, find_cell, tensor_at, wide
+from ..gpu.device import COUNTS, choose, find_cell, tensor_at, wide
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def times_entries(
     return tl.sum(terms, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sparse_kernel(
     y,
     x,

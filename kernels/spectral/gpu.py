@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional
 
 from ..gpu.corrections import check_rows, check_table, production_site
 from ..gpu.launch import Launch
@@ -176,13 +177,17 @@ def _blocks(segments: Segments) -> Iterator[_Block]:
     first = end - length
     for begin in range(0, segments.rows.shape[0], BLOCK):
         rows = segments.rows[begin : begin + BLOCK]
-        here = (first - begin).clamp(0, len(rows))
+        count = len(rows)
+        here = (first - begin).clamp(0, count)
+        # A transform's plan is kept for each number of rows: few, so that none is thrown out while
+        # a captured step still uses it. Row 0 stands behind, in no segment.
+        padding = (1 << (count - 1).bit_length()) - count
         yield _Block(
-            rows,
+            functional.pad(rows, (0, padding)),
             segments.start + here - (first - begin),
             here,
-            (end - begin).clamp(0, len(rows)),
-            min(segments.max_rows, len(rows)),
+            (end - begin).clamp(0, count),
+            min(segments.max_rows, count),
         )
 
 

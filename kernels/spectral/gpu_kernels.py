@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ..dense.gpu_kernels import add_tile
-from ..gpu.device import find_cell, wide
+from ..gpu.device import COUNTS, find_cell, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def add_real_kernel(
     y,
     transformed,

@@ -11,6 +11,7 @@ from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterTooLarge
 from ...adapters.lower import lower
 from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter
+from ...adapters.primitives.primitive import ALIGNMENT_BYTES
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
 from ..composition import Room
@@ -27,6 +28,8 @@ from .core import Engine
 from .errors import EngineMisconfigured
 from .host_tier import HostTier, Lower
 from .messages import EngineInfo
+
+_LEAST_CAPABILITY = (8, 0)
 
 _ADAPTER_SLOTS_PER_SEQUENCE = 4
 """Parts of adapters that may be on the device, per sequence that may run: some are kept warm."""
@@ -81,10 +84,15 @@ def build_parts(
     device = _resolve_device(config.device)
     dtype = _resolve_dtype(config.dtype, device)
     backend = _backend(config.kernels, dtype, device)
+    if device.type == "cuda":
+        # The first launch builds Triton's driver: what it lacks is to be said before any request.
+        ones = torch.ones(1, 16, dtype=dtype, device=device)
+        backend.rms_norm(ones, ones[0], 1e-5)
     if instrument is not None:
         backend = instrument(backend)
     base = load_base(Path(config.model_folder), dtype, device, backend)
     decoder = base.decoder
+    _require_memory(config, device)
     limits, num_blocks = _limits(config, decoder)
 
     num_slots = _ADAPTER_SLOTS_PER_SEQUENCE * config.max_num_seqs
@@ -109,7 +117,7 @@ def build_parts(
         host.lowered,
         make_stage(device, _stage_bytes(limits, config.block_size)),
         decode_buckets(config.max_num_seqs) if backend.pads_decode else (),
-        StepGraphs() if device.type == "cuda" else None,
+        _graphs(config, decoder) if device.type == "cuda" and config.cuda_graphs else None,
     )
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
@@ -122,6 +130,11 @@ def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
         return select_backend(name, dtype, device)
     except (CompilerError, ValueError) as error:
         raise EngineMisconfigured(f"--kernels {name}: {error}") from error
+
+
+def _graphs(config: EngineConfig, decoder: Decoder) -> StepGraphs:
+    most = decode_buckets(config.max_num_seqs)[-1]
+    return StepGraphs(most, decoder.config.vocab_size, decoder.tokens.weight.device)
 
 
 def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:
@@ -167,9 +180,41 @@ def _lowering(
             )
         if adapter.prefix is not None:
             _require_room_for_prefix(adapter.prefix, blocks, max_model_len)
-        return adapter.map_tensors(torch.Tensor.pin_memory) if on_gpu else adapter
+        return pinned(adapter) if on_gpu else adapter
 
     return lower_to_fit
+
+
+def pinned(adapter: LoweredAdapter) -> LoweredAdapter:
+    """The adapter in page-locked memory, all of its tensors in one piece of it."""
+    prefix = () if adapter.prefix is None else adapter.prefix.tensors
+    sizes = (_aligned(each.nbytes) for each in (*adapter.tensors, *prefix))
+    memory = torch.empty(sum(sizes), dtype=torch.uint8).pin_memory()
+    end = 0
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal end
+        to = memory[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        end += _aligned(tensor.nbytes)
+        return to.copy_(tensor)
+
+    return adapter.map_tensors(moved)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _require_memory(config: EngineConfig, device: torch.device) -> None:
+    """Of a GPU, with the base on it: what is asked for must be there."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if config.memory_budget > free:
+        raise EngineMisconfigured(
+            f"--memory-budget {config.memory_budget}: the GPU has {free} bytes left by the base;"
+            " ask for less, and leave a few hundred megabytes for what steps compute"
+        )
 
 
 def _require_room_for_prefix(prefix: KVPrefix, blocks: BlockManager, max_model_len: int) -> None:
@@ -217,18 +262,23 @@ def _resolve_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        raise EngineMisconfigured(
+            f"the GPU {torch.cuda.get_device_name()} is older than the kernels are for (compute"
+            " capability 8.0, an A100); serve with --device cpu"
+        )
     return torch.device(name)
 
 
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies in it, else float16 or float32."""
+    """``auto`` is bfloat16 where the device multiplies in it, else float32."""
     if name == "float16" and device.type == "cpu":
         raise EngineMisconfigured(
             "--dtype float16: there are no float16 kernels for the CPU; serve in bfloat16 or"
             " float32, or on a GPU"
         )
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16
     if name == "auto":
         features = torch.cpu.get_capabilities()
         fast = features.get("avx512_bf16") or features.get("amx_bf16")

@@ -21,6 +21,7 @@ class EngineConfig:
         block_size: Tokens of one KV block.
         memory_budget: Bytes on the device for KV cache and adapters.
         host_memory_budget: Bytes of host memory for lowered adapters.
+        cuda_graphs: Whether decode steps on a GPU are captured and replayed.
         prefix_caching: Whether computed blocks are shared by later sequences.
     """
 
@@ -35,3 +36,4 @@ class EngineConfig:
     memory_budget: int
     host_memory_budget: int
     prefix_caching: bool
+    cuda_graphs: bool = True

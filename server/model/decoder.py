@@ -20,6 +20,9 @@ from .config import ModelConfig
 from .mlp import MLP
 from .rope import RotaryTable
 
+_ENCODED_BLOCK = 16
+"""Tokens of a cache block in ``encode``: one size, for which a GPU's kernels are compiled once."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
@@ -106,15 +109,16 @@ class Decoder:
         these embeddings would leave in the cache.
         """
         length, device = len(embeddings), self.tokens.weight.device
-        kv = self.new_kv_cache(1, length)
+        num_blocks = -(-length // _ENCODED_BLOCK)
+        kv = self.new_kv_cache(num_blocks, _ENCODED_BLOCK)
         self._run(
             embeddings.to(device, self.tokens.weight.dtype, copy=True),
             torch.arange(length, device=device),
             kv,
-            [_one_sequence(length, device)] * self.config.num_layers,
+            [_one_sequence(length, num_blocks, device)] * self.config.num_layers,
             None,
         )
-        return PrefixKV(*(torch.cat(layers).clone() for layers in (kv.keys, kv.values)))
+        return PrefixKV(_joined(kv.keys, length), _joined(kv.values, length))
 
     def logits(self, hidden: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """Head over chosen rows of ``forward``'s result.
@@ -152,14 +156,20 @@ class Decoder:
         return self.final_norm.add(x, residual, deltas)
 
 
-def _one_sequence(length: int, device: torch.device) -> PagedBatch:
-    """A whole sequence in the only block of a cache."""
+def _joined(layers: Sequence[Tensor], length: int) -> Tensor:
+    """Blocks (blocks, heads, block_size, dim) of every layer -> (layers, heads, length, dim)."""
+    whole = [layer.transpose(0, 1).flatten(1, 2)[:, :length] for layer in layers]
+    return torch.stack(whole)
+
+
+def _one_sequence(length: int, num_blocks: int, device: torch.device) -> PagedBatch:
+    """A whole sequence that fills a cache."""
     bounds = torch.tensor([0, length], dtype=torch.int32, device=device)
     return PagedBatch(
         cu_seqlens_q=bounds,
         context_starts=bounds[:1],
         context_lens=bounds[1:],
-        block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
+        block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
         slot_mapping=torch.arange(length, device=device),
         max_seqlen_q=length,
         max_context_len=length,

@@ -48,7 +48,7 @@ class StepBatch:
         positions: (rows,) int64.
         paged: Per layer, where rows lie in the KV cache.
         passes: The rows' adapters.
-        sample_rows: (n,) int64, the last row of each that samples.
+        sample_rows: (n,) int64, the last row of each that samples; none of a padded step.
         bucket: Rows, where the step is padded to one of a few numbers of them, else None.
     """
 
@@ -111,7 +111,8 @@ def build_batch(
         positions=place(np.pad(positions, (0, padding))),
         paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, bucket),
         passes=passes,
-        sample_rows=place(rows.bounds[1:][sampling] - 1),
+        # Every row of a padded step samples; what is placed for it must not depend on how many.
+        sample_rows=place(rows.bounds[1:][sampling if bucket is None else []] - 1),
         bucket=bucket,
     )
 

@@ -11,13 +11,15 @@ adapters.
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _MAX_GRAPHS = 128
-"""Kept at once; each takes a few megabytes. The least recently used goes first."""
+"""Kept at once; the least recently used goes first."""
+
+_MAX_SEEN = 4096
+"""Shapes remembered that were run once."""
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -26,49 +28,68 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return sizes[: bisect_left(sizes, max_num_seqs) + 1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """A recorded step and where its result lies."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Tensor
-
-
 class StepGraphs:
-    """The captured steps of one runner."""
+    """The captured steps of one runner.
 
-    def __init__(self) -> None:
-        """Nothing is captured; all graphs share the memory of what they compute on the way."""
+    Args:
+        max_rows: Of the largest bucket.
+        vocab_size: Columns of a step's result.
+        device: The GPU.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+        """Nothing is captured; graphs share the memory of what they compute on the way."""
         self._memory = torch.cuda.graph_pool_handle()
-        self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One for all graphs: a result of its own in each would take hundreds of megabytes.
+        self._result = torch.empty(max_rows, vocab_size, dtype=torch.float32, device=device)
+        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self._seen: set[Hashable] = set()
 
-    def run(self, shape: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def run(self, shape: Hashable, rows: int, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` gives, replayed where a step of this shape was captured.
 
         Args:
             shape: Equal for steps whose launches are equal.
-            compute: Launches the step on tensors that lie where those of its shape always do. What
-                it returns is overwritten by the next step.
+            rows: Of the result.
+            compute: Launches the step on tensors that lie where those of its shape always do, and
+                returns (rows, vocab) float32, which the next step overwrites.
         """
-        if shape not in self._graphs:
-            self._keep(shape, None)
-            return compute()
-        captured = self._graphs[shape]
-        if captured is None:
-            captured = self._capture(compute)
-            self._keep(shape, captured)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            if shape not in self._seen:
+                self._remember(shape)
+                return compute()
+            graph = self._capture(rows, compute)
+            self._keep(shape, graph)
         self._graphs.move_to_end(shape)
-        captured.graph.replay()
-        return captured.result
+        graph.replay()
+        return self._result[:rows]
 
-    def _capture(self, compute: Callable[[], Tensor]) -> _Captured:
+    def _capture(self, rows: int, compute: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+        """Record the step, which launches nothing.
+
+        Not by ``torch.cuda.graph``: that empties torch's caches of device and pinned memory first,
+        in the midst of serving.
+        """
         graph = torch.cuda.CUDAGraph()
-        # Adapters are read in a thread of their own, which may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            result = compute()
-        return _Captured(graph, result)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Adapters are read in a thread of their own, which may allocate meanwhile.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                self._result[:rows].copy_(compute())
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
 
-    def _keep(self, shape: Hashable, captured: _Captured | None) -> None:
-        self._graphs[shape] = captured
+    def _remember(self, shape: Hashable) -> None:
+        if len(self._seen) >= _MAX_SEEN:
+            self._seen.clear()
+        self._seen.add(shape)
+
+    def _keep(self, shape: Hashable, graph: torch.cuda.CUDAGraph) -> None:
+        self._graphs[shape] = graph
         if len(self._graphs) > _MAX_GRAPHS:
             self._graphs.popitem(last=False)

@@ -178,7 +178,9 @@ class Runner:
         def compute() -> Tensor:
             return self._decoder.logits(self._forward(inputs), inputs.head_deltas)
 
-        return compute() if self._graphs is None else self._graphs.run(inputs.shape, compute)
+        if self._graphs is None or self._stage.overflowed:
+            return compute()
+        return self._graphs.run(inputs.shape, len(inputs.batch.token_ids), compute)
 
     def _load(self, load: PrefixLoad) -> None:
         adapters = [self._lowered(adapter_id) for adapter_id in load.prefix.adapter_ids]

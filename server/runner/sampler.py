@@ -153,9 +153,10 @@ def _draw_again(
     places = [place for place, row in enumerate(sampled.reporting) if row in set(rows)]
     chosen = [token_ids[sampled.reporting[place]] for place in places]
     num_top = _most_asked(sampled.reporting, sequences)
-    for place, report in zip(
-        places, report_logprobs(sampled.raw[places], chosen, num_top, stage), strict=True
-    ):
+    placed = stage.place(np.array(places, dtype=np.int64))
+    stage.flush()
+    raw = sampled.raw[placed]
+    for place, report in zip(places, report_logprobs(raw, chosen, num_top, stage), strict=True):
         reports[place] = report
 
 

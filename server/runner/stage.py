@@ -22,6 +22,11 @@ Array = npt.NDArray[Any]
 class Stage(Protocol):
     """The way to the device for what the host knows of a step."""
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether some array of this step lies elsewhere than in other steps of its sizes."""
+        ...
+
     def begin(self) -> None:
         """A new step begins: what was placed for earlier ones is no longer needed."""
         ...
@@ -37,6 +42,8 @@ class Stage(Protocol):
 
 class HostStage:
     """Where the device computes in host memory there is no way to go."""
+
+    overflowed = False
 
     def begin(self) -> None:
         """Nothing is kept."""
@@ -61,6 +68,7 @@ class PinnedStage:
         """Begin empty."""
         self._host = host
         self._twin = twin
+        self.overflowed = False
         self._end = 0
         self._sent = 0
         self._copied: torch.cuda.Event | None = None
@@ -70,11 +78,13 @@ class PinnedStage:
         if self._copied is not None:
             self._copied.synchronize()
         self._end = self._sent = 0
+        self.overflowed = False
 
     def place(self, array: Array) -> Tensor:
         """Lay the array behind the last one."""
         start, num_bytes = self._end, array.nbytes
         if start + num_bytes > len(self._host):
+            self.overflowed = True
             beside = _pinned(torch.from_numpy(np.ascontiguousarray(array)))
             return beside.to(self._twin.device, non_blocking=True)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

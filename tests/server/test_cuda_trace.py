@@ -27,6 +27,7 @@ from deltamux.adapters.device.pool import AdapterPool, Placement
 from deltamux.adapters.lower import lower
 from deltamux.adapters.primitives.lowered import LoweredAdapter
 from deltamux.kernels.gpu.backend import triton_backend
+from deltamux.server.engine.build import pinned
 from deltamux.server.engine.composition import use_adapters
 from deltamux.server.model import builder
 from deltamux.server.model.base import ServedBase, load_base
@@ -228,6 +229,19 @@ def record(traced: Traced, plan: StepPlan) -> tuple[Recorder, StepInputs]:
         inputs = traced.runner.prepare(plan)
         traced.runner.choose(inputs, traced.runner.compute(inputs))
     return recorder, inputs
+
+
+def test_every_adapter_is_pinned_in_one_piece(lowered, monkeypatch):
+    """Page-locking itself needs a GPU; where the tensors lie does not."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda memory: memory)
+    for name, adapter in lowered.items():
+        moved = pinned(adapter)
+        before = (*adapter.tensors, *(adapter.prefix.tensors if adapter.prefix else ()))
+        after = (*moved.tensors, *(moved.prefix.tensors if moved.prefix else ()))
+        assert len({tensor.untyped_storage().data_ptr() for tensor in after}) <= 1, name
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one, other), name
+            assert one.dtype is other.dtype
 
 
 SAMPLING = (
