@@ -20,6 +20,7 @@ from ..adapters.lower import lower
 from ..adapters.primitives.lowered import LoweredAdapter
 from ..kernels.backend import Backend, select_backend
 from ..server.config import default_state_dir
+from ..server.engine.build import pinned
 from ..server.engine.composition import use_adapters
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.base import ServedBase, load_base
@@ -167,8 +168,7 @@ def measure(options: Options) -> Graphs:
     folder = resolve_model(DEMO_BASE, default_state_dir())
     base = load_base(folder, dtype, device, backend)
     adapters = {
-        path.name: lower(path, base, _POOL_BYTES).map_tensors(Tensor.pin_memory)
-        for path in sorted(ADAPTERS.iterdir())
+        path.name: pinned(lower(path, base, _POOL_BYTES)) for path in sorted(ADAPTERS.iterdir())
     }
     model = install(base, backend, adapters, device)
     trial = Trial(seed=options.seed)

@@ -70,7 +70,7 @@ def measure_rates() -> Rates:
 
 def _captured(timed: Timed) -> torch.cuda.CUDAGraph:
     """A graph of one call, after two on a stream beside that compile what is to be compiled."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's is untyped
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         timed()

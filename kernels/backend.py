@@ -76,9 +76,10 @@ class Backend:
     """The operations the model calls; each field's contract stands in its ``op`` module.
 
     Attributes:
+        name: ``compiled``, ``triton``, ``interpret`` or ``reference``, shown at start-up and by
+            ``/version``.
         pads_decode: Whether steps of one row a sequence may be padded by rows without a context,
             whose slot is -1.
-        name: ``compiled``, ``triton`` or ``reference``, shown at start-up and by ``/version``.
     """
 
     name: str

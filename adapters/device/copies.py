@@ -43,7 +43,7 @@ class StreamCopies:
 
     def __init__(self, device: torch.device) -> None:
         """Open the stream."""
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         self._sources: list[Tensor] = []
         self._pending = False
 

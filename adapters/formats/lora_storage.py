@@ -66,7 +66,7 @@ class Storage:
 def _diagonal(stored: Tensor, blocks: int) -> Tensor:
     if blocks == 1:
         return stored
-    diagonal: Tensor = torch.block_diag(*stored.chunk(blocks))  # type: ignore[no-untyped-call]
+    diagonal: Tensor = torch.block_diag(*stored.chunk(blocks))
     return diagonal
 
 

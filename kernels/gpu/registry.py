@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("deltamux", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("deltamux", "DEF")
 _DEVICES = ("CUDA", "CPU")
 """The CPU runs them under Triton's interpreter."""
 
@@ -24,9 +24,9 @@ def register(
         run: Launches the kernels.
         fake: What it returns, as tensors without memory; by default it returns nothing.
     """
-    name = _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    name = _LIBRARY.define(schema)
     for device in _DEVICES:
-        _LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"deltamux::{name}", fake or _nothing, lib=_LIBRARY)
     return getattr(torch.ops.deltamux, name).default  # type: ignore[no-any-return]
 

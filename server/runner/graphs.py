@@ -40,7 +40,7 @@ class StepGraphs:
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         """Nothing is captured; graphs share the memory of what they compute on the way."""
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         # One for all graphs: a result of its own in each would take hundreds of megabytes.
         self._result = torch.empty(max_rows, vocab_size, dtype=torch.float32, device=device)
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()

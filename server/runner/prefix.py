@@ -8,6 +8,7 @@ from torch import Tensor
 from ...adapters.primitives.lowered import KVPrefix
 from ..model.attention import KVCache
 from ..scheduler.plan import PrefixLoad
+from .stage import send
 
 
 def load_prefix(kv_cache: KVCache, load: PrefixLoad, prefixes: Sequence[KVPrefix]) -> None:
@@ -15,16 +16,16 @@ def load_prefix(kv_cache: KVCache, load: PrefixLoad, prefixes: Sequence[KVPrefix
 
     The keys before them in the first block are zero. They are never read.
     """
-    block_size = kv_cache.block_size
+    block_size, device = kv_cache.block_size, kv_cache.keys[0].device
     num_blocks = -(-load.prefix.length // block_size)
     indices = list(load.blocks)
-    rows = _to(kv_cache.keys[0].device, torch.tensor(list(load.blocks.values())))
+    rows = send(torch.tensor(list(load.blocks.values())), device)
     for caches, parts in (
         (kv_cache.keys, [prefix.keys for prefix in prefixes]),
         (kv_cache.values, [prefix.values for prefix in prefixes]),
     ):
         blocks = _in_blocks(torch.cat(parts, dim=2), num_blocks, block_size)[:, indices]
-        for cache, layer in zip(caches, _to(caches[0].device, blocks), strict=True):
+        for cache, layer in zip(caches, send(blocks, device), strict=True):
             cache[rows] = layer
 
 
@@ -34,10 +35,3 @@ def _in_blocks(tensor: Tensor, num_blocks: int, block_size: int) -> Tensor:
     padded = tensor.new_zeros(layers, heads, num_blocks * block_size, dim)
     padded[:, :, num_blocks * block_size - length :] = tensor
     return padded.view(layers, heads, num_blocks, block_size, dim).transpose(1, 2)
-
-
-def _to(device: torch.device, tensor: Tensor) -> Tensor:
-    """On a GPU from pinned memory: the host need not wait."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
 from .filters import filtered, invert, place_filters, uniforms
-from .reports import Reported, logprobs_of, pack_report, report_logprobs, unpack_report
+from .reports import logprobs_of, pack_report, report_logprobs, unpack_report
 from .stage import HostStage, Stage
 
 _NUCLEUS_HEAD = 1024
@@ -62,14 +62,12 @@ class Sampled:
         edited: (rows, vocab) float32, the logits that were drawn from.
         raw: (n, vocab), the logits as they were, of the rows that report log-probabilities.
         reporting: Those rows.
-        drawn: The tokens.
-        packed: (numbers,) int32, ``drawn`` and what is reported of it, as one tensor.
+        packed: (numbers,) int32, what was drawn and what is reported of it, as one tensor.
     """
 
     edited: Tensor
     raw: Tensor
     reporting: Seq[int]
-    drawn: Drawn
     packed: Tensor
 
 
@@ -96,8 +94,11 @@ def start_sampling(logits: Tensor, sequences: Seq[Sequence], stage: Stage) -> Sa
     raw = logits[rows]
     edit_logits(logits, sequences, stage)
     drawn = _draw(logits, sequences, stage, _NUCLEUS_HEAD)
-    reported = logprobs_of(raw, drawn.token_ids[rows], _most_asked(reporting, sequences))
-    return Sampled(logits, raw, reporting, drawn, _packed(drawn, reported))
+    packed = [each.int() for each in (drawn.token_ids, drawn.usable, drawn.unsure)]
+    if reporting:
+        num_top = _most_asked(reporting, sequences)
+        packed.append(pack_report(logprobs_of(raw, drawn.token_ids[rows], num_top)))
+    return Sampled(logits, raw, reporting, torch.cat(packed))
 
 
 def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> list[Choice]:
@@ -120,12 +121,6 @@ def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> li
 
 def _most_asked(reporting: Seq[int], sequences: Seq[Sequence]) -> int:
     return max((sequences[row].sampling.logprobs or 0 for row in reporting), default=0)
-
-
-def _packed(drawn: Drawn, reported: Reported) -> Tensor:
-    """Both as one tensor of int32."""
-    columns = (drawn.token_ids, drawn.usable, drawn.unsure)
-    return torch.cat([*(each.int() for each in columns), pack_report(reported)])
 
 
 def _cut(report: TokenLogprobs | None, num_top: int | None) -> TokenLogprobs | None:

@@ -85,8 +85,7 @@ class PinnedStage:
         start, num_bytes = self._end, array.nbytes
         if start + num_bytes > len(self._host):
             self.overflowed = True
-            beside = _pinned(torch.from_numpy(np.ascontiguousarray(array)))
-            return beside.to(self._twin.device, non_blocking=True)
+            return send(torch.from_numpy(np.ascontiguousarray(array)), self._twin.device)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._host[start : start + num_bytes] = flat
         self._end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -101,7 +100,7 @@ class PinnedStage:
         self._twin[part].copy_(torch.from_numpy(self._host[part]), non_blocking=True)
         self._sent = self._end
         if torch.cuda.is_available():
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event()
             self._copied.record()
 
 
@@ -111,6 +110,11 @@ def make_stage(device: torch.device, num_bytes: int) -> Stage:
         return HostStage()
     host = _pinned(torch.empty(num_bytes, dtype=torch.uint8)).numpy()
     return PinnedStage(host, torch.empty(num_bytes, dtype=torch.uint8, device=device))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on its way to the device; on a GPU from pinned memory, so that no host waits."""
+    return tensor if device.type != "cuda" else _pinned(tensor).to(device, non_blocking=True)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

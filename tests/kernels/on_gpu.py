@@ -43,7 +43,7 @@ def moved(operation: Op, device: torch.device) -> Op:
         # What is prepared once, a base's product, keeps its weight on the device.
         return moved(result, device) if callable(result) else _here(result)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 class _Memory:
