@@ -14,6 +14,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 constexpr int64_t LANES = 16;
 
@@ -202,10 +203,12 @@ INLINE float maximum(Floats v) {
 // exp(x) for x <= 0 within 2 units in the last place; 0 below -87, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) by its Taylor polynomial of degree 7.
 INLINE Floats exp_nonpositive(Floats x) {
+#ifdef __AVX512F__
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
     const Floats shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Ints keep = ~(x < -87.0f);
-    const Floats shifted = x * 1.44269504f + shifter;
-    const Floats n = shifted - shifter;
+    const Floats shifted = x * 1.44269504f + shifter, n = shifted - shifter;
+#endif
     const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     Floats p = splat(1.0f / 5040);
     p = p * r + 1.0f / 720;
@@ -215,8 +218,14 @@ INLINE Floats exp_nonpositive(Floats x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
+#ifdef __AVX512F__
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    return (Floats)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+#else
+    const Ints keep = ~(x < -87.0f);
     const Floats power = (Floats)((((Ints)shifted - (Ints)shifter) + 127) << 23);
     return (Floats)((Ints)(p * power) & keep);
+#endif
 }
 
 // rows[i][j] <-> rows[j][i]

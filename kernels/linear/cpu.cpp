@@ -6,18 +6,10 @@
 //   outputs, the two inputs of a pair side by side; beyond the weight's edges there are zeros.
 //
 // A row's sums run over its inputs in order, whatever rows stand beside it: the same bits in any company.
-#include "../cpu/simd.h"
+#include "../cpu/amx.h"
 #include "../cpu/tables.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
-#define HAS_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
-
-constexpr int64_t TILE_ROWS = 16, TILE_OUTS = 16, TILE_INS = 32, TILE = TILE_OUTS * TILE_INS;
 
 struct Shape {
     int64_t in_size, out_size;
@@ -38,18 +30,8 @@ void pack(const bfloat16* weight, const Shape& shape, bfloat16* packed) {
 
 #ifdef HAS_AMX
 
+// Tiles 0 .. 3 are sums, 4 and 5 of x, 6 and 7 of W.
 constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS, BLOCK_OUTS = 2 * TILE_OUTS;
-constexpr int TILE_BYTES = 64;  // of a row of any tile
-
-// Palette 1: eight tiles of 16 rows of 64 bytes. 0 .. 3 are sums, 4 and 5 of x, 6 and 7 of W.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-    TileConfig() {
-        for (int tile = 0; tile < 8; ++tile) row_bytes[tile] = TILE_BYTES, rows[tile] = TILE_ROWS;
-    }
-};
 
 struct Call {
     bfloat16* y;
@@ -142,14 +124,7 @@ void compute(const Call& call, int64_t block, Scratch& scratch) {
 
 // Whether this processor has AMX and the kernel lets this process use it; the threads that there are
 // and will be may use it then too.
-extern "C" int64_t has_matrix_unit() {
-#ifdef HAS_AMX
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return 0;
-#endif
-}
+extern "C" int64_t has_matrix_unit() { return matrix_unit(); }
 
 // Elements of the packed weight.
 extern "C" int64_t packed_size(int64_t in_size, int64_t out_size) {
@@ -171,12 +146,10 @@ extern "C" void linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_
     const int64_t blocks = div_up(call.shape.out_tiles(), 2);
     std::atomic<int64_t> next{0};
     run_parallel(blocks > 1 ? threads : 1, [&] {
-        const TileConfig config;
-        _tile_loadconfig(&config);
+        const TilesInUse in_use{TileConfig()};
         Scratch scratch(call.shape);
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
             compute(call, i, scratch);
-        _tile_release();
     });
 #else
     (void)y, (void)x, (void)x_stride, (void)rows, (void)in_size, (void)out_size, (void)packed;

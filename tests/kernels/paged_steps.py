@@ -78,6 +78,20 @@ def make_step(
     return Step(wide[:, :heads], *caches, batch, tuple(dense[0]), tuple(dense[1]))
 
 
+def sharing(step: Step, shared: Sequence[int]) -> Step:
+    """The step where the first shared[i] blocks of sequence i are those of sequence 0."""
+    tables = step.batch.block_tables.clone()
+    block_size = step.key_cache.shape[2]
+    starts, dense = step.batch.context_starts.tolist(), (list(step.keys), list(step.values))
+    for i, blocks in enumerate(shared):
+        tables[i, :blocks] = tables[0, :blocks]
+        for kept in dense:
+            end = max(0, blocks * block_size - starts[i])
+            kept[i] = torch.cat([kept[0][:end], kept[i][end:]])
+    batch = replace(step.batch, block_tables=tables)
+    return replace(step, batch=batch, keys=tuple(dense[0]), values=tuple(dense[1]))
+
+
 def exact(step: Step, scale: float, window: int | None) -> Tensor:
     """The formula in float64 on the dense keys and values."""
     out = []

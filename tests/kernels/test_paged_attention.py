@@ -11,7 +11,7 @@ from torch import Tensor
 from deltamux.kernels.backend import Backend
 
 from .compare import same_bits
-from .paged_steps import NAN, check, make_step, single
+from .paged_steps import NAN, check, make_step, sharing, single
 
 Case = tuple[str | int | None, ...]
 
@@ -155,6 +155,35 @@ def test_a_row_has_the_same_bits_in_decode_in_any_chunk_and_in_any_company(
                     part.query, part.key_cache, part.value_cache, part.batch, 0.125, window
                 )
                 assert same_bits(out, together[bounds[i] + first : bounds[i] + last])
+
+
+@pytest.mark.parametrize(
+    ("block_size", "start", "window"), [(16, 0, None), (16, 21, None), (64, 0, 150), (3, 0, None)]
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (8, 8), (14, 2)])
+def test_sequences_that_share_blocks_have_the_bits_they_have_alone(
+    compiled: Backend,
+    dtype: torch.dtype,
+    block_size: int,
+    start: int,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    contexts = [300, 221, 222, 300, 64, 400, 90, 130, 260, 255, 257, 301]
+    lens = [(1, context) for context in contexts] + [(70, 290), (1, 100)]
+    starts = [start] * len(lens)
+    step = make_step(dtype, lens, heads, kv_heads, block_size=block_size, starts=starts)
+    counts = [0, 216, 216, 216, 0, 216, 72, 128, 192, 192, 216, 216, 192, 99]
+    step = sharing(step, [count // block_size for count in counts])
+    together = check(compiled, step, window, scale=0.125)
+    bounds = step.batch.cu_seqlens_q.tolist()
+    for i in range(len(lens)):
+        alone = single(step, i, 0, lens[i][0])
+        out = compiled.paged_attention(
+            alone.query, alone.key_cache, alone.value_cache, alone.batch, 0.125, window
+        )
+        assert same_bits(out, together[bounds[i] : bounds[i + 1]])
 
 
 def test_a_nan_stays_in_its_sequence(backend: Backend, dtype: torch.dtype) -> None:

@@ -1,0 +1,271 @@
+// Attention on the processor's matrix unit, for bfloat16 heads of whole tiles. Scores come out
+// transposed, as K Q^T: so the keys, which are most of what is read, are multiplied as they lie in the
+// cache, and a vector holds the scores of sixteen columns with one key, so that softmax needs nothing
+// across lanes. Weights are turned back, each as the sum of two bfloat16, which keep 16 of its bits; the
+// values' rows are paired up once a tile.
+#pragma once
+
+#include "../cpu/amx.h"
+#include "step.h"
+
+#ifdef HAS_AMX
+
+#include <memory>
+
+class MatrixTiles {
+    static constexpr int64_t HALVES = KEYS / TILE_INS, GROUPS = KEYS / TILE_ROWS;
+
+    struct alignas(64) CacheLine {
+        uint8_t bytes[64];
+    };
+
+    // Sixteen columns: what they have seen so far, and the keys they see.
+    struct alignas(64) State {
+        Floats highest, total;
+        Ints first, end;
+    };
+
+    const Step<bfloat16>& step;
+    int64_t head_dim, in_tiles;
+    std::unique_ptr<CacheLine[]> memory;
+    State* states;      // (columns / 16)
+    uint32_t* queries;  // (columns / 16, in_tiles, 16 pairs, 16 columns)
+    float* out;         // (columns, head_dim) in the order of the values, not yet divided by the total
+    bfloat16 *copied_keys, *values;  // (KEYS, head_dim); (HALVES, head_dim / 16, 16 pairs, 16 x 2)
+    const bfloat16* keys[GROUPS];    // 16 rows each
+    alignas(64) float scores[KEYS][TILE_OUTS];
+    alignas(64) uint32_t weights[2][TILE_ROWS][KEYS / 2];  // pairs: rounded; what rounding took away
+    alignas(64) float sums[TILE_ROWS][TILE_INS];
+    const Column<bfloat16>* columns = nullptr;
+    TilesInUse in_use{TileConfig()};
+
+  public:
+    static constexpr int64_t MAX_COLUMNS = 96;  // of a unit, about
+    static constexpr int64_t SHARING = TILE_OUTS;
+
+    // Whether all heads of the cache can be computed here.
+    static bool fit(const Cache& cache) { return cache.head_dim % TILE_INS == 0 && matrix_unit(); }
+
+    MatrixTiles(const Step<bfloat16>& step, int64_t max_columns)
+        : step(step), head_dim(step.cache.head_dim), in_tiles(head_dim / TILE_INS) {
+        const int64_t tiles = div_up(max_columns, TILE_OUTS), columns = tiles * TILE_OUTS;
+        const int64_t numbers = columns * head_dim * 6 + 2 * KEYS * head_dim * 2;  // bytes
+        memory.reset(new CacheLine[(tiles * sizeof(State) + numbers) / sizeof(CacheLine)]());
+        states = reinterpret_cast<State*>(memory.get());
+        queries = reinterpret_cast<uint32_t*>(states + tiles);
+        out = reinterpret_cast<float*>(queries + columns * head_dim / 2);
+        copied_keys = reinterpret_cast<bfloat16*>(out + columns * head_dim);
+        values = copied_keys + KEYS * head_dim;
+    }
+
+    void begin(const Column<bfloat16>* unit, int64_t count) {
+        columns = unit;
+        for (int64_t tile = 0; tile * TILE_OUTS < count; ++tile)
+            states[tile] = State{splat(-__builtin_inff()), Floats{}, Ints{}, Ints{}};
+        for (int64_t q = 0; q < count; q += TILE_OUTS)
+            for (int64_t k = 0; k < in_tiles; ++k)
+                pack_queries(q, min_of(count - q, TILE_OUTS), k);
+        std::memset(out, 0, count * head_dim * sizeof(float));
+    }
+
+    void take(const PagedHead<bfloat16>& paged_keys, const PagedHead<bfloat16>& paged_values,
+              int64_t base, const Range& needed) {
+        for (int64_t g = needed.lo / TILE_INS * 2; g < div_up(needed.hi, TILE_ROWS); ++g)
+            keys[g] = key_rows(paged_keys, base, g, needed);
+        for (int64_t pair = needed.lo / TILE_INS * TILE_ROWS;
+             pair < div_up(needed.hi, TILE_INS) * TILE_ROWS; ++pair)
+            pair_up(value_row(paged_values, base, 2 * pair, needed),
+                    value_row(paged_values, base, 2 * pair + 1, needed), pair);
+    }
+
+    void attend(int64_t q, int64_t end, int64_t base) {
+        for (int64_t next; q < end; q = next) {
+            next = min_of(end, (q / TILE_OUTS + 1) * TILE_OUTS);
+            attend_columns(q, next, base);
+        }
+    }
+
+    void finish(int64_t count) const {
+        const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        for (int64_t q = 0; q < count; ++q) {
+            const float total = states[q / TILE_OUTS].total[q % TILE_OUTS];
+            for (int64_t i = 0; i < head_dim; i += TILE_INS) {
+                const float* from = out + q * head_dim + i;
+                const __m512 low = (__m512)(load(from) / total);
+                const __m512 high = (__m512)(load(from + LANES) / total);
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+                _mm512_storeu_si512(columns[q].out + i, _mm512_permutexvar_epi64(in_order, both));
+            }
+        }
+    }
+
+  private:
+    uint32_t* query_tile(int64_t q, int64_t in_tile) const {
+        return queries + (q / TILE_OUTS * in_tiles + in_tile) * TILE / 2;
+    }
+
+    void pack_queries(int64_t q, int64_t count, int64_t in_tile) {
+        Floats pairs[LANES] = {};
+        for (int64_t c = 0; c < count; ++c)
+            std::memcpy(&pairs[c], columns[q + c].query + in_tile * TILE_INS, sizeof pairs[c]);
+        transpose(pairs);
+        std::memcpy(query_tile(q, in_tile), pairs, sizeof pairs);
+    }
+
+    // Sixteen rows of keys one behind the other: where they lie, or copied where blocks are not made of
+    // sixteens. What the rows beside lo .. hi hold only enters scores that are masked.
+    const bfloat16* key_rows(const PagedHead<bfloat16>& paged, int64_t base, int64_t g,
+                             const Range& needed) const {
+        if (paged.block_size % TILE_ROWS == 0) return paged.row(base + g * TILE_ROWS);
+        bfloat16* rows = copied_keys + g * TILE_ROWS * head_dim;
+        for (int64_t j = max_of(needed.lo, g * TILE_ROWS);
+             j < min_of(needed.hi, (g + 1) * TILE_ROWS); ++j)
+            std::memcpy(rows + j % TILE_ROWS * head_dim, paged.row(base + j),
+                        head_dim * sizeof(bfloat16));
+        return rows;
+    }
+
+    static const bfloat16* value_row(const PagedHead<bfloat16>& paged, int64_t base, int64_t j,
+                                     const Range& needed) {
+        return j >= needed.lo && j < needed.hi ? paged.row(base + j) : nullptr;
+    }
+
+    // Values of two keys side by side, zeros for a key that nobody sees. Within 32 values the 16 of the
+    // first tile are the first fours of every eight, which is how the instruction pairs them.
+    INLINE_MEMBER void pair_up(const bfloat16* first, const bfloat16* second, int64_t pair) {
+        bfloat16* to = values + pair / TILE_ROWS * TILE_INS * head_dim + pair % TILE_ROWS * TILE_INS;
+        for (int64_t i = 0; i < head_dim; i += TILE_INS, to += 2 * TILE) {
+            const __m512i none = _mm512_setzero_si512();
+            const __m512i a = first ? _mm512_loadu_si512(first + i) : none;
+            const __m512i b = second ? _mm512_loadu_si512(second + i) : none;
+            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+            _mm512_store_si512(to + TILE, _mm512_unpackhi_epi16(a, b));
+        }
+    }
+
+    // Columns q .. end - 1, which lie in one tile.
+    void attend_columns(int64_t q, int64_t end, int64_t base) {
+        const int64_t tile = q / TILE_OUTS * TILE_OUTS;
+        State& state = states[q / TILE_OUTS];
+        state.first = state.end = Ints{};  // columns of other sequences see none of these keys
+        Range all = {KEYS, 0};
+        for (int64_t r = q; r < end; ++r) {
+            const Range range = visible(columns[r], base);
+            if (range.empty()) continue;
+            state.first[r - tile] = static_cast<int32_t>(range.lo);
+            state.end[r - tile] = static_cast<int32_t>(range.hi);
+            all = {min_of(all.lo, range.lo), max_of(all.hi, range.hi)};
+        }
+        if (all.empty()) return;
+        const int64_t first = all.lo / TILE_INS, last = div_up(all.hi, TILE_INS);
+        const int64_t groups = div_up(all.hi, TILE_ROWS);
+        for (int64_t half = first; half < last; ++half)
+            score(tile, half, 2 * half + 1 < groups);
+        const Floats factors = soften(state, first * TILE_INS, last * TILE_INS);
+        for (int64_t half = first; half < last; ++half) turn(half);
+        for (int64_t i = 0; i < head_dim; i += TILE_INS)
+            mix(q, end, i, first, last, factors);
+    }
+
+    // scores[j][c] = k_j . q_c for the 32 keys of a half, of which the second sixteen may be unseen
+    void score(int64_t q, int64_t half, bool both) {
+        const int64_t stride = head_dim * static_cast<int64_t>(sizeof(bfloat16));
+        const bfloat16 *first = keys[2 * half], *second = keys[2 * half + both];
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < in_tiles; ++k) {
+            _tile_loadd(0, query_tile(q, k), TILE_BYTES);
+            _tile_loadd(4, first + k * TILE_INS, stride);
+            _tile_loadd(5, second + k * TILE_INS, stride);
+            _tile_dpbf16ps(2, 4, 0);
+            _tile_dpbf16ps(3, 5, 0);
+        }
+        _tile_stored(2, scores[half * TILE_INS], TILE_BYTES);
+        _tile_stored(3, scores[half * TILE_INS + TILE_ROWS], TILE_BYTES);
+    }
+
+    // One online softmax step (arXiv:1805.02867) of sixteen columns: the scores of keys begin .. end - 1
+    // become weights, zero where a column does not see the key. Returns the factors for what was summed
+    // before.
+    Floats soften(State& state, int64_t begin, int64_t end) {
+        const Floats unseen = splat(-__builtin_inff());
+        Floats highest = state.highest;
+        for (int64_t j = begin; j < end; ++j) {
+            const int32_t at = static_cast<int32_t>(j);
+            const Ints seen = (state.first <= at) & (state.end > at);
+            const Ints scaled = (Ints)(load(scores[j]) * step.scale);
+            const Floats score = (Floats)((scaled & seen) | ((Ints)unseen & ~seen));
+            store(scores[j], score);
+            highest = maximum(highest, score);
+        }
+        // A column that has seen no key yet has a highest of minus infinity, and weights of zero.
+        const Floats top = (Floats)((Ints)highest & (highest > unseen));
+        Floats total = {};
+        for (int64_t j = begin; j < end; ++j) {
+            const Floats weight = exp_nonpositive(load(scores[j]) - top);
+            store(scores[j], weight);
+            total += weight;
+        }
+        const Floats factors = exp_nonpositive(state.highest - top);
+        state.highest = highest;
+        state.total = state.total * factors + total;
+        return factors;
+    }
+
+    // Weights of 32 keys as rows of pairs.
+    void turn(int64_t half) {
+        const __m512i side_by_side = _mm512_setr_epi32(
+            0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+            0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+        Floats rounded[LANES], rest[LANES];
+        for (int64_t pair = 0; pair < LANES; ++pair) {
+            const Floats even = load(scores[half * TILE_INS + 2 * pair]);
+            const Floats odd = load(scores[half * TILE_INS + 2 * pair + 1]);
+            const auto paired = [&](Floats low, Floats high) {
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                return _mm512_permutexvar_epi16(side_by_side, both);
+            };
+            const __m512i near = paired(even, odd);
+            const Pack<bfloat16> kept = unpacked((Words)near);
+            rounded[pair] = (Floats)near;
+            rest[pair] = (Floats)paired(even - kept.part[0], odd - kept.part[1]);
+        }
+        transpose(rounded);
+        transpose(rest);
+        for (int64_t r = 0; r < TILE_ROWS; ++r) {
+            std::memcpy(&weights[0][r][half * TILE_ROWS], &rounded[r], sizeof rounded[r]);
+            std::memcpy(&weights[1][r][half * TILE_ROWS], &rest[r], sizeof rest[r]);
+        }
+    }
+
+    // out_c = factor_c out_c + sum_j weight_cj v_j for 32 of the values
+    void mix(int64_t q, int64_t end, int64_t column, int64_t first, int64_t last,
+             const Floats& factors) {
+        constexpr int64_t stride = sizeof weights[0][0], sums_stride = sizeof sums[0];
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t half = first; half < last; ++half) {
+            const bfloat16* value = values + half * TILE_INS * head_dim + column * TILE_INS;
+            _tile_loadd(0, &weights[0][0][half * TILE_ROWS], stride);
+            _tile_loadd(1, &weights[1][0][half * TILE_ROWS], stride);
+            _tile_loadd(4, value, TILE_BYTES);
+            _tile_loadd(5, value + TILE, TILE_BYTES);
+            _tile_dpbf16ps(2, 0, 4);
+            _tile_dpbf16ps(3, 0, 5);
+            _tile_dpbf16ps(2, 1, 4);
+            _tile_dpbf16ps(3, 1, 5);
+        }
+        _tile_stored(2, sums[0], sums_stride);
+        _tile_stored(3, sums[0] + TILE_OUTS, sums_stride);
+        for (int64_t r = q; r < end; ++r) {
+            const int64_t c = r % TILE_OUTS;
+            const Floats factor = splat(factors[c]);
+            for (int64_t i = 0; i < TILE_INS; i += LANES) {
+                float* to = out + r * head_dim + column + i;
+                store(to, load(to) * factor + load(sums[c] + i));
+            }
+        }
+    }
+};
+
+#endif

@@ -1,0 +1,70 @@
+// What attention computes on.
+#pragma once
+
+#include "../cpu/simd.h"
+
+// Mirrored field by field in compiled.py; the meanings stand in op.py.
+struct PagedBatch {
+    const int32_t *cu_seqlens_q, *context_starts, *context_lens, *block_tables;
+    int64_t sequences, max_blocks;
+};
+
+struct Cache {
+    void *keys, *values;
+    int64_t blocks, kv_heads, block_size, head_dim;
+};
+
+constexpr int64_t KEYS = 64;  // of a tile; tiles begin at multiples of it in the sequence
+
+template <class T>
+struct Step {
+    const T* query;
+    int64_t row_stride, head_stride, rows, group;  // group: query heads of one KV head
+    T* out;
+    const Cache& cache;
+    const PagedBatch& batch;
+    float scale;
+    int64_t window;  // keys a row sees at most
+
+    int64_t q_len(int64_t i) const { return batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i]; }
+    const int32_t* block_table(int64_t i) const {
+        return batch.block_tables + i * batch.max_blocks;
+    }
+};
+
+// The keys or values of one sequence and KV head: row j is where the cache holds the one of key j.
+template <class T>
+struct PagedHead {
+    const T* data;
+    const int32_t* block_table;
+    int64_t kv_head, kv_heads, block_size, head_dim;
+
+    PagedHead(const void* data, const Step<T>& step, int64_t sequence, int64_t kv_head)
+        : data(static_cast<const T*>(data)), block_table(step.block_table(sequence)),
+          kv_head(kv_head), kv_heads(step.cache.kv_heads), block_size(step.cache.block_size),
+          head_dim(step.cache.head_dim) {}
+
+    const T* row(int64_t j) const {
+        const int64_t block = block_table[j / block_size];
+        return data + ((block * kv_heads + kv_head) * block_size + j % block_size) * head_dim;
+    }
+};
+
+// One query row and head of a unit.
+template <class T>
+struct Column {
+    const T* query;
+    T* out;
+    int64_t first, end;  // the keys it sees are first .. end - 1
+};
+
+// Keys of a tile: lo .. hi - 1, none if hi <= lo.
+struct Range {
+    int64_t lo, hi;
+    bool empty() const { return lo >= hi; }
+};
+
+template <class T>
+INLINE Range visible(const Column<T>& column, int64_t base) {
+    return {max_of(column.first - base, 0), min_of(column.end - base, KEYS)};
+}
