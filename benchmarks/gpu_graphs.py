@@ -25,7 +25,7 @@ from ..server.engine.composition import use_adapters
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.base import ServedBase, load_base
 from ..server.model.source import DEMO_BASE, resolve_model
-from ..server.runner.graphs import StepGraphs, decode_buckets
+from ..server.runner.graphs import Capture, CudaCapture, StepGraphs, decode_buckets
 from ..server.runner.runner import Runner
 from ..server.runner.stage import make_stage
 from ..server.scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
@@ -104,15 +104,15 @@ class Graphs:
 class CountedGraphs(StepGraphs):
     """Step graphs that know how often one was replayed."""
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, capture: Capture) -> None:
         """None was."""
-        super().__init__(max_rows, vocab_size, device)
+        super().__init__(capture)
         self._runs: Counter[Hashable] = Counter()
 
-    def run(self, shape: Hashable, rows: int, compute: Callable[[], Tensor]) -> Tensor:
+    def run(self, shape: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """See ``StepGraphs``: the first step of a shape runs as it is."""
         self._runs[shape] += 1
-        return super().run(shape, rows, compute)
+        return super().run(shape, compute)
 
     @property
     def replays(self) -> int:
@@ -173,7 +173,7 @@ def measure(options: Options) -> Graphs:
     model = install(base, backend, adapters, device)
     trial = Trial(seed=options.seed)
     largest = decode_buckets(max(trial.sizes))[-1]
-    graphs = CountedGraphs(largest, base.decoder.config.vocab_size, device)
+    graphs = CountedGraphs(CudaCapture(largest, base.decoder.config.vocab_size, device))
     batches = compare(model, graphs, lambda: graphs.replays, trial)
     return Graphs(DEMO_BASE, tuple(adapters), tuple(batches))
 

@@ -15,14 +15,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.backend import Backend
+from ..kernels.backend import Backend, DeltaOps
 from ..kernels.linear.op import LinearOp, PrepareLinear
 from ..server.config import default_state_dir
 from ..server.engine.build import EngineParts, build_parts
@@ -111,6 +111,11 @@ class Stopwatch:
             self._seconds[name] += spent - self._inner.pop()
             self._inner[-1] += spent
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count what was timed elsewhere."""
+        self._seconds[name] += seconds
+        self._inner[-1] += seconds
+
     def around(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         """The operation, timed."""
 
@@ -130,14 +135,16 @@ class Stopwatch:
 def instrumented(backend: Backend, watch: Stopwatch) -> Backend:
     """Every operation of the device with the stopwatch around it."""
     timed: Backend = _timed_fields(backend, watch)
-    return replace(timed, prepare_linear=_timed_linear(backend.prepare_linear, watch))
+    programs = backend.programs and replace(backend.programs, report=watch.add)
+    prepare = _timed_linear(backend.prepare_linear, watch)
+    return replace(timed, prepare_linear=prepare, programs=programs)
 
 
 def _timed_fields(operations: Any, watch: Stopwatch) -> Any:
     changed: dict[str, Any] = {}
     for each in fields(operations):
         value = getattr(operations, each.name)
-        if is_dataclass(value) and not callable(value):
+        if isinstance(value, DeltaOps):
             changed[each.name] = _timed_fields(value, watch)
         elif callable(value):
             changed[each.name] = watch.around(each.name, value)

@@ -1,6 +1,5 @@
 """One set of device operations, chosen once when the engine starts and passed down explicitly."""
 
-import ctypes
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from .bottleneck.op import AddBottleneck
 from .build import CompilerError, build_library, find_compiler
 from .circulant import reference as circulant_reference
 from .cpu.corrections import CompiledCorrection
-from .cpu.library import DTYPES
+from .cpu.library import DTYPES, Library
+from .cpu.program import Programs
 from .dense import reference as dense_reference
 from .embedding import reference as embedding_reference
 from .embedding.compiled import CompiledEmbedding
@@ -80,6 +80,7 @@ class Backend:
             ``/version``.
         pads_decode: Whether steps of one row a sequence may be padded by rows without a context,
             whose slot is -1.
+        programs: Records steps of these operations, so that they can run again without Python.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Backend:
     rotary: Rotary
     silu_mul: SiluMul
     pads_decode: bool = False
+    programs: Programs | None = None
 
 
 def reference_backend() -> Backend:
@@ -133,6 +135,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         add_rms_norm=norm.add_rms_norm,
         rotary=CompiledRotary(library).rotary,
         silu_mul=CompiledSiluMul(library).silu_mul,
+        programs=Programs(library),
     )
 
 
@@ -182,7 +185,7 @@ def _reference_deltas() -> DeltaOps:
     )
 
 
-def _compiled_deltas(library: ctypes.CDLL) -> DeltaOps:
+def _compiled_deltas(library: Library) -> DeltaOps:
     embedding = CompiledEmbedding(library)
     return DeltaOps(
         correct_affine=CompiledCorrection(library, "correct_affine"),
@@ -233,9 +236,9 @@ def _no_kernels(dtype: torch.dtype) -> str:
     return f"there are no compiled kernels for {dtype}: serve in {' or '.join(DTYPES.values())}"
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path) -> Library:
     try:
-        return ctypes.CDLL(str(path))
+        return Library(path)
     except OSError as error:
         raise CompilerError(
             f"cannot load the compiled kernels: {error}: remove {path} to have them built again, "

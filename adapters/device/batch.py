@@ -222,7 +222,7 @@ def make_batch(
         return _Present(
             op,
             table,
-            pool.rows_of(kind, slots) if bucket is None else (True,) * len(table.cells),
+            _rows(pool, kind, slots, bucket),
             tuple(Segments.of(ranges, inner, place, bucket) for ranges in selected),
         )
 
@@ -242,6 +242,19 @@ def make_batch(
         _bottlenecks=present(Bottleneck, ops.add_bottleneck),
         _side_attention=present(SideAttention, ops.add_side_attention),
     )
+
+
+def _rows(
+    pool: AdapterPool, kind: type[Primitive], slots: Sequence[int], bucket: int | None
+) -> tuple[bool, ...]:
+    """Where the step's adapters have cells.
+
+    A GPU's captured step takes every place for one, to serve other adapters as well: a launch that
+    finds nothing costs it little, and a capture much. On a CPU it is the other way round.
+    """
+    if bucket is None or pool.device.type == "cpu":
+        return pool.rows_of(kind, slots)
+    return (True,) * len(pool.tables[kind].cells)
 
 
 def _linear_ops(ops: DeltaOps) -> tuple[tuple[type[Primitive], CorrectLinear], ...]:

@@ -4,6 +4,7 @@
 // A unit reads all of its z before it writes, so that `out` may be what z is made of.
 #include "../cpu/expand.h"
 #include "../cpu/products.h"
+#include "../cpu/program.h"
 #include "../cpu/tables.h"
 #include "activations.h"
 
@@ -139,7 +140,8 @@ const char* add_bottleneck(Matrix<T> out, Matrix<const T> h, Matrix<const T> r, 
                                  {static_cast<const T*>(h), hidden},                               \
                                  {static_cast<const T*>(r), hidden}, rows, hidden, *table, place,  \
                                  *segments, threads);                                              \
-    }
+    }                                                                                              \
+    EXPORT_PACKED(add_bottleneck_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

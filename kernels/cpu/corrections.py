@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tables import PrimitiveTable, Segments, SiteTargets
-from .library import INT, POINTER, Kernels, Latest, address, raise_if, require
+from .library import INT, POINTER, Kernels, Latest, Library, address, raise_if, require
 
 _ARGUMENTS = (POINTER, INT, POINTER, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT)
 
@@ -102,7 +102,7 @@ def prepare_targets(targets: SiteTargets) -> Any:
 class CompiledCorrection:
     """One operation of signature ``tables.CorrectLinear``, for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+    def __init__(self, library: Library, name: str) -> None:
         """Find the kernels of this name in the library."""
         self._name = name
         self._kernels = Kernels(library, name, _ARGUMENTS)

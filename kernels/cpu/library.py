@@ -2,7 +2,8 @@
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,18 +38,63 @@ class Latest(Generic[K, V]):
         return entry[1]
 
 
+class Recording(Protocol):
+    """What keeps the C calls of a step while it is recorded; see ``program.py``."""
+
+    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> None:
+        """Keep one call."""
+        ...
+
+
+class Library:
+    """The compiled library.
+
+    Attributes:
+        recorder: Told of every call of a kernel, while there is one.
+        run_calls: Makes recorded calls.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load it; raises OSError where that fails."""
+        self._functions = ctypes.CDLL(str(path))
+        self.recorder: Recording | None = None
+        self.run_calls = self.function("run_calls", (POINTER, INT, POINTER), ctypes.c_char_p)
+
+    def function(self, name: str, arguments: Sequence[Any], result: Any) -> Callable[..., Any]:
+        """A C function that is not a kernel."""
+        function = self._functions[name]
+        function.argtypes, function.restype = list(arguments), result
+        return function
+
+    def has(self, name: str) -> bool:
+        """Whether there is a function of that name."""
+        return hasattr(self._functions, name)
+
+    def kernel(self, name: str, arguments: Sequence[Any], label: str = "") -> Kernel:
+        """A kernel, whose calls can be recorded, under the label."""
+        function: Kernel = self.function(name, arguments, ctypes.c_char_p)
+        packed = ctypes.cast(self._functions[f"{name}_packed"], POINTER).value or 0
+
+        def call(*args: Any) -> bytes | None:
+            if self.recorder is not None:
+                self.recorder.note(label or name, function, packed, args)
+            return function(*args)
+
+        return call
+
+
 class Kernels:
     """One operation's C functions by dtype."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> None:
+    def __init__(self, library: Library, name: str, arguments: Sequence[Any]) -> None:
         """Find ``<name>_<dtype>`` in the library and declare its argument types."""
         self._name = name
         self._by_dtype: Mapping[torch.dtype, Kernel] = {
-            dtype: _declared(library[f"{name}_{suffix}"], arguments)
+            dtype: library.kernel(f"{name}_{suffix}", arguments, name)
             for dtype, suffix in DTYPES.items()
         }
-        mixed = getattr(library, f"{name}_float32_bfloat16", None)
-        self._mixed = mixed and _declared(mixed, arguments)
+        mixed = f"{name}_float32_bfloat16"
+        self._mixed = library.kernel(mixed, arguments, name) if library.has(mixed) else None
 
     def of(self, *tensors: Tensor) -> Kernel:
         """The function for tensors that share one dtype, lie on the CPU and are dense in rows.
@@ -83,12 +129,6 @@ class Kernels:
             f"{self._name}: expected {dtype} tensors on the CPU, dense in their last dimension;"
             f" got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
         )
-
-
-def _declared(function: Any, arguments: Sequence[Any]) -> Kernel:
-    function.argtypes = list(arguments)
-    function.restype = ctypes.c_char_p
-    return function  # type: ignore[no-any-return]  # ctypes functions have no static type
 
 
 def raise_if(error: bytes | None, operation: str) -> None:

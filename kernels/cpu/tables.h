@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "program.h"
 #include "simd.h"
 
 // ---- Mirrored field by field in corrections.py; the meanings stand in tables.py.
@@ -231,4 +232,5 @@ const char* correct_linear(const LinearCall<T>& call) {
                                                {static_cast<const T*>(x), x_stride},               \
                                                rows, in_size, out_size,                            \
                                                *table, *targets, *segments, threads});             \
-    }
+    }                                                                                              \
+    EXPORT_PACKED(NAME)

@@ -1,12 +1,10 @@
 """replace_rows and correct_embedding in C++ (``cpu.cpp``): checks and passes addresses."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table
-from ..cpu.library import INT, POINTER, Kernels, Latest, address, raise_if, require
+from ..cpu.library import INT, POINTER, Kernels, Latest, Library, address, raise_if, require
 from ..tables import PrimitiveTable, Segments
 
 _ARGUMENTS = (POINTER, POINTER, INT, INT, POINTER, INT, POINTER, INT)
@@ -15,7 +13,7 @@ _ARGUMENTS = (POINTER, POINTER, INT, INT, POINTER, INT, POINTER, INT)
 class CompiledEmbedding:
     """The operations of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._replace = _Operation(library, "replace_rows")
         self._correct = _Operation(library, "correct_embedding")
@@ -48,7 +46,7 @@ class CompiledEmbedding:
 class _Operation:
     """One of the two, which have one signature; each has a table of its own."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+    def __init__(self, library: Library, name: str) -> None:
         self._name = name
         self._kernels = Kernels(library, name, _ARGUMENTS)
         self._table = Latest(prepare_table)

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../cpu/expand.h"
+#include "../cpu/program.h"
 #include "../cpu/tables.h"
 
 namespace {
@@ -125,7 +126,9 @@ const char* correct_embedding(const Embedded<T>& embedded, const Table& table, i
         int64_t place, const Segments* segments, int64_t threads) {                                \
         return correct_embedding<T>({{static_cast<T*>(x), hidden}, tokens, rows, hidden}, *table,  \
                                     place, *segments, threads);                                    \
-    }
+    }                                                                                               \
+    EXPORT_PACKED(replace_rows_##DTYPE)                                                             \
+    EXPORT_PACKED(correct_embedding_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

@@ -1,12 +1,10 @@
 """transform_input in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table
-from ..cpu.library import INT, POINTER, Kernels, Latest, raise_if
+from ..cpu.library import INT, POINTER, Kernels, Latest, Library, raise_if
 from ..tables import PrimitiveTable, Segments
 
 _ARGUMENTS = (POINTER, INT, INT, INT, POINTER, INT, POINTER, INT)
@@ -15,7 +13,7 @@ _ARGUMENTS = (POINTER, INT, INT, INT, POINTER, INT, POINTER, INT)
 class CompiledInputTransform:
     """The operation of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._kernels = Kernels(library, "transform_input", _ARGUMENTS)
         self._table = Latest(prepare_table)

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../cpu/products.h"
+#include "../cpu/program.h"
 #include "../cpu/tables.h"
 
 namespace {
@@ -125,7 +126,8 @@ const char* transform_input(Matrix<T> x, int64_t rows, int64_t size, const Table
                                 int64_t threads) {                                                  \
         return transform_input<T>({static_cast<T*>(x), x_stride}, rows, size, *table, place,        \
                                   *segments, threads);                                              \
-    }
+    }                                                                                               \
+    EXPORT_PACKED(NAME)
 
 EXPORT(transform_input_float32, float)
 EXPORT(transform_input_bfloat16, bfloat16)

@@ -4,16 +4,16 @@ oneDNN uses that unit too, but is made for many rows: with 16, a step that ought
 waits for oneDNN. Where there is no such unit, weights go to ``packed``.
 """
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..cpu.library import INT, POINTER, require
+from ..cpu.library import INT, POINTER, Kernel, Library, raise_if, require
 from .op import LinearOp
 from .packed import prepare_linear as prepare_packed
+
+_ARGUMENTS = (POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, INT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class _PackedLinear:
         out_size: Outputs.
     """
 
-    multiply: Callable[..., None]
+    multiply: Kernel
     packed: Tensor
     bias: Tensor | None
     in_size: int
@@ -45,7 +45,7 @@ class _PackedLinear:
             f"expected dense bfloat16 rows of {self.in_size}",
         )
         y = torch.empty(len(x), self.out_size, dtype=torch.bfloat16)
-        self.multiply(
+        error = self.multiply(
             y.data_ptr(),
             x.data_ptr(),
             x.stride(0),
@@ -56,33 +56,30 @@ class _PackedLinear:
             None if self.bias is None else self.bias.data_ptr(),
             torch.get_num_threads(),
         )
+        raise_if(error, "linear")
         return y
 
 
 class CompiledLinear:
     """``linear/op.py`` for the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the functions, and ask for the matrix unit."""
-        library.has_matrix_unit.restype = INT
-        library.packed_size.argtypes = [INT, INT]
-        library.packed_size.restype = INT
-        library.pack_linear.argtypes = [POINTER, INT, INT, POINTER]
-        library.pack_linear.restype = None
-        library.linear_bfloat16.argtypes = [
-            *(POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, INT)
-        ]
-        library.linear_bfloat16.restype = None
         self._library = library
-        self.has_matrix_unit = bool(library.has_matrix_unit())
+        self._packed_size = library.function("packed_size", (INT, INT), INT)
+        self._pack = library.function("pack_linear", (POINTER, INT, INT, POINTER), None)
+        self.has_matrix_unit = bool(library.function("has_matrix_unit", (), INT)())
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> LinearOp:
         """y = x Wᵀ + b, a bfloat16 weight packed into tiles where there is a matrix unit."""
         if weight.dtype is not torch.bfloat16 or not self.has_matrix_unit:
             return prepare_packed(weight, bias)
         out_size, in_size = weight.shape
-        packed = torch.empty(self._library.packed_size(in_size, out_size), dtype=weight.dtype)
+        packed = torch.empty(self._packed_size(in_size, out_size), dtype=weight.dtype)
         dense = weight.contiguous()
-        self._library.pack_linear(dense.data_ptr(), in_size, out_size, packed.data_ptr())
+        self._pack(dense.data_ptr(), in_size, out_size, packed.data_ptr())
         offset = None if bias is None else bias.contiguous()
-        return _PackedLinear(self._library.linear_bfloat16, packed, offset, in_size, out_size)
+        multiply = self._library.kernel(
+            "linear_bfloat16", _ARGUMENTS, f"linear {in_size} -> {out_size}"
+        )
+        return _PackedLinear(multiply, packed, offset, in_size, out_size)

@@ -136,9 +136,9 @@ extern "C" void pack_linear(const void* weight, int64_t in_size, int64_t out_siz
     pack(static_cast<const bfloat16*>(weight), {in_size, out_size}, static_cast<bfloat16*>(packed));
 }
 
-extern "C" void linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_t rows,
-                                int64_t in_size, int64_t out_size, const void* packed,
-                                const void* bias, int64_t threads) {
+extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_t rows,
+                                       int64_t in_size, int64_t out_size, const void* packed,
+                                       const void* bias, int64_t threads) {
 #ifdef HAS_AMX
     const Call call{static_cast<bfloat16*>(y), {static_cast<const bfloat16*>(x), x_stride}, rows,
                     {in_size, out_size}, static_cast<const bfloat16*>(packed),
@@ -151,8 +151,11 @@ extern "C" void linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
             compute(call, i, scratch);
     });
+    return nullptr;
 #else
     (void)y, (void)x, (void)x_stride, (void)rows, (void)in_size, (void)out_size, (void)packed;
     (void)bias, (void)threads;
+    return "this processor has no matrix unit";
 #endif
 }
+EXPORT_PACKED(linear_bfloat16)

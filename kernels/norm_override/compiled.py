@@ -1,12 +1,10 @@
 """override_norm in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, address, raise_if, require
+from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
 from ..tables import PrimitiveTable, Segments
 
 _ARGUMENTS = (POINTER, POINTER, *(INT,) * 5, FLOAT, INT, POINTER, INT, POINTER, INT)
@@ -15,7 +13,7 @@ _ARGUMENTS = (POINTER, POINTER, *(INT,) * 5, FLOAT, INT, POINTER, INT, POINTER, 
 class CompiledNormOverride:
     """The operation of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._kernels = Kernels(library, "override_norm", _ARGUMENTS)
         self._table = Latest(prepare_table)

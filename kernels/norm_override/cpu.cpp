@@ -1,5 +1,6 @@
 // override_norm on the CPU, one row at a time.
 #include "../cpu/norm.h"
+#include "../cpu/program.h"
 #include "../cpu/tables.h"
 
 namespace {
@@ -118,7 +119,8 @@ const char* override_norm(const Norm<T>& norm, int64_t rows, const Table& table,
                            {static_cast<const T*>(x), row_stride, head_stride},                    \
                            heads, size, eps, centered != 0};                                       \
         return override_norm(norm, rows, *table, place, *segments, threads);                       \
-    }
+    }                                                                                              \
+    EXPORT_PACKED(override_norm_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

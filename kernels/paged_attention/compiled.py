@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, address, raise_if, require
+from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
 from .op import PagedBatch
 
 _WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT)
@@ -40,7 +40,7 @@ class _Cache(ctypes.Structure):
 class CompiledAttention:
     """The operations of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._write = Kernels(library, "write_kv", _WRITE_ARGUMENTS)
         self._attend = Kernels(library, "paged_attention", _ATTEND_ARGUMENTS)

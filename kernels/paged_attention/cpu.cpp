@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../cpu/parallel.h"
+#include "../cpu/program.h"
 #include "matrix_tiles.h"
 #include "vector_tiles.h"
 
@@ -269,7 +270,9 @@ const char* write_kv(const T* keys, int64_t key_stride, const T* values, int64_t
                                             const int64_t* slots, int64_t rows) {                 \
         return write_kv(static_cast<const T*>(key), key_stride, static_cast<const T*>(value),     \
                         value_stride, *cache, slots, rows);                                       \
-    }
+    }                                                                                               \
+    EXPORT_PACKED(paged_attention_##DTYPE)                                                          \
+    EXPORT_PACKED(write_kv_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

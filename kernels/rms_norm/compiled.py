@@ -1,11 +1,9 @@
 """rms_norm and add_rms_norm in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, require
+from ..cpu.library import FLOAT, INT, POINTER, Kernels, Library, require
 
 _NORM_ARGUMENTS = (POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, FLOAT, INT)
 _ADD_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT, FLOAT, INT)
@@ -14,7 +12,7 @@ _ADD_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT, FLOAT,
 class CompiledRMSNorm:
     """The operations of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._norm = Kernels(library, "rms_norm", _NORM_ARGUMENTS)
         self._add_norm = Kernels(library, "add_rms_norm", _ADD_ARGUMENTS)

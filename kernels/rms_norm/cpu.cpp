@@ -1,6 +1,7 @@
 // rms_norm and add_rms_norm on the CPU, one pass over memory and one row at a time.
 #include "../cpu/norm.h"
 #include "../cpu/parallel.h"
+#include "../cpu/program.h"
 
 namespace {
 
@@ -66,7 +67,9 @@ void add_rms_norm(const void* x, int64_t x_stride, void* residual, int64_t resid
         add_rms_norm<T>(x, x_stride, residual, residual_stride, weight, y, rows, size, eps,      \
                         threads);                                                                \
         return nullptr;                                                                          \
-    }
+    }                                                                                             \
+    EXPORT_PACKED(rms_norm_##DTYPE)                                                               \
+    EXPORT_PACKED(add_rms_norm_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

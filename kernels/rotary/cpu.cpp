@@ -1,5 +1,6 @@
 // rotary on the CPU, in place.
 #include "../cpu/parallel.h"
+#include "../cpu/program.h"
 #include "../cpu/simd.h"
 
 namespace {
@@ -42,7 +43,8 @@ void rotary(void* heads, int64_t row_stride, int64_t head_stride, const float* c
         rotary<T>(heads, row_stride, head_stride, cos, cos_stride, sin, sin_stride, rows,      \
                   num_heads, half, threads);                                                   \
         return nullptr;                                                                        \
-    }
+    }                                                                                          \
+    EXPORT_PACKED(rotary_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

@@ -5,6 +5,7 @@
 //   out   += scores V.
 #include "../cpu/expand.h"
 #include "../cpu/products.h"
+#include "../cpu/program.h"
 #include "../cpu/tables.h"
 
 namespace {
@@ -104,7 +105,8 @@ const char* add_side_attention(const Call<T>& call, const Table& table, int64_t 
         const Call<T> call{static_cast<T*>(out), static_cast<const T*>(query), row_stride, rows,   \
                            kv_heads, group, head_dim, scale};                                      \
         return add_side_attention(call, *table, place, *segments, threads);                        \
-    }
+    }                                                                                              \
+    EXPORT_PACKED(add_side_attention_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

@@ -1,11 +1,9 @@
 """silu_mul in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..cpu.library import INT, POINTER, Kernels, require
+from ..cpu.library import INT, POINTER, Kernels, Library, require
 
 _ARGUMENTS = (POINTER, INT, POINTER, INT, INT, INT)
 
@@ -13,7 +11,7 @@ _ARGUMENTS = (POINTER, INT, POINTER, INT, INT, INT)
 class CompiledSiluMul:
     """The operation of ``op`` for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
         self._kernels = Kernels(library, "silu_mul", _ARGUMENTS)
 

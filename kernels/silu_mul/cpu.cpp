@@ -1,5 +1,6 @@
 // silu_mul on the CPU.
 #include "../cpu/parallel.h"
+#include "../cpu/program.h"
 #include "../cpu/simd.h"
 
 namespace {
@@ -37,7 +38,8 @@ void silu_mul(const void* gate_up, int64_t row_stride, void* y, int64_t rows, in
                                             int64_t rows, int64_t size, int64_t threads) {     \
         silu_mul<T>(gate_up, row_stride, y, rows, size, threads);                              \
         return nullptr;                                                                        \
-    }
+    }                                                                                          \
+    EXPORT_PACKED(silu_mul_##DTYPE)
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

@@ -1,6 +1,6 @@
 """Puts the engine's parts together. Imports torch, so only the engine process imports this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ...kernels.build import CompilerError
 from ..composition import Room
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
-from ..runner.graphs import StepGraphs, decode_buckets
+from ..runner.graphs import CudaCapture, StepGraphs, decode_buckets
 from ..runner.runner import Runner
 from ..runner.stage import make_stage
 from ..scheduler.block_manager import BlockManager
@@ -116,8 +116,8 @@ def build_parts(
         residency.place,
         host.lowered,
         make_stage(device, _stage_bytes(limits, config.block_size)),
-        decode_buckets(config.max_num_seqs) if backend.pads_decode else (),
-        _graphs(config, decoder) if device.type == "cuda" and config.cuda_graphs else None,
+        _buckets(config, backend),
+        _graphs(config, decoder, backend),
     )
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
@@ -132,9 +132,20 @@ def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
         raise EngineMisconfigured(f"--kernels {name}: {error}") from error
 
 
-def _graphs(config: EngineConfig, decoder: Decoder) -> StepGraphs:
+def _buckets(config: EngineConfig, backend: Backend) -> Sequence[int]:
+    if backend.programs is not None:
+        return range(1, config.max_num_seqs + 1)
+    return decode_buckets(config.max_num_seqs) if backend.pads_decode else ()
+
+
+def _graphs(config: EngineConfig, decoder: Decoder, backend: Backend) -> StepGraphs | None:
+    if backend.programs is not None:
+        return StepGraphs(backend.programs)
+    device = decoder.tokens.weight.device
+    if device.type != "cuda" or not config.cuda_graphs:
+        return None
     most = decode_buckets(config.max_num_seqs)[-1]
-    return StepGraphs(most, decoder.config.vocab_size, decoder.tokens.weight.device)
+    return StepGraphs(CudaCapture(most, decoder.config.vocab_size, device))
 
 
 def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:

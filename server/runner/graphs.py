@@ -1,16 +1,18 @@
-"""Decode steps captured as CUDA graphs: hundreds of launches become one.
+"""Decode steps captured and replayed: hundreds of launches as one, without Python between them.
 
-A step of one token for every sequence is padded to one of a few numbers of rows, its *bucket*. All
-it reads lies at addresses that do not change: weights, caches, the adapters' pool and tables, and
-the arrays that the stage lays there. So what was launched once for a bucket can be replayed for
-every later step of the same shape. A shape's first step runs as it is, which compiles its kernels;
-the second is captured. Steps of base rows alone have graphs of their own, without a trace of
-adapters.
+On a GPU, they are CUDA graphs; a step of one token for every sequence is padded to one of a few
+numbers of rows, its *bucket*. On a CPU, which captures cheaply, they are programs
+(``kernels/cpu/program.py``), with a bucket for every number of rows. All that a step reads lies at
+addresses that do not change: weights, caches, the adapters' pool and tables, and the arrays that
+the stage lays there. So what was launched once for a bucket can be replayed for every later step of
+the same shape. A shape's first step runs as it is, which compiles a GPU's kernels; the second is
+captured. Steps of base rows alone have graphs of their own, without a trace of adapters.
 """
 
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,45 +30,77 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return sizes[: bisect_left(sizes, max_num_seqs) + 1]
 
 
+Replay = Callable[[], Tensor]
+"""Runs a captured step on what lies in its places now; the next step overwrites the result."""
+
+
+class Capture(Protocol):
+    """A device's way to capture a step."""
+
+    def capture(self, compute: Callable[[], Tensor]) -> Replay:
+        """What ``compute`` launches, to be launched again."""
+        ...
+
+
 class StepGraphs:
     """The captured steps of one runner.
 
     Args:
-        max_rows: Of the largest bucket.
-        vocab_size: Columns of a step's result.
-        device: The GPU.
+        capture: How one is captured.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
-        """Nothing is captured; graphs share the memory of what they compute on the way."""
-        self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-        # One for all graphs: a result of its own in each would take hundreds of megabytes.
-        self._result = torch.empty(max_rows, vocab_size, dtype=torch.float32, device=device)
-        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+    def __init__(self, capture: Capture) -> None:
+        """Nothing is captured."""
+        self._capture = capture
+        self._graphs: OrderedDict[Hashable, Replay] = OrderedDict()
         self._seen: set[Hashable] = set()
 
-    def run(self, shape: Hashable, rows: int, compute: Callable[[], Tensor]) -> Tensor:
+    def run(self, shape: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` gives, replayed where a step of this shape was captured.
 
         Args:
             shape: Equal for steps whose launches are equal.
-            rows: Of the result.
             compute: Launches the step on tensors that lie where those of its shape always do, and
-                returns (rows, vocab) float32, which the next step overwrites.
+                returns its result, which the next step overwrites.
         """
-        graph = self._graphs.get(shape)
-        if graph is None:
+        replay = self._graphs.get(shape)
+        if replay is None:
             if shape not in self._seen:
                 self._remember(shape)
                 return compute()
-            graph = self._capture(rows, compute)
-            self._keep(shape, graph)
+            replay = self._capture.capture(compute)
+            self._keep(shape, replay)
         self._graphs.move_to_end(shape)
-        graph.replay()
-        return self._result[:rows]
+        return replay()
 
-    def _capture(self, rows: int, compute: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+    def _remember(self, shape: Hashable) -> None:
+        if len(self._seen) >= _MAX_SEEN:
+            self._seen.clear()
+        self._seen.add(shape)
+
+    def _keep(self, shape: Hashable, replay: Replay) -> None:
+        self._graphs[shape] = replay
+        if len(self._graphs) > _MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+
+
+class CudaCapture:
+    """CUDA graphs, which share the memory of what they compute on the way.
+
+    Args:
+        max_rows: Of the largest result.
+        vocab_size: Columns of a result.
+        device: The GPU.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+        """Reserve the result."""
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        # One for all graphs: a result of its own in each would take hundreds of megabytes.
+        self._result = torch.empty(max_rows, vocab_size, dtype=torch.float32, device=device)
+
+    def capture(self, compute: Callable[[], Tensor]) -> Replay:
         """Record the step, which launches nothing.
 
         Not by ``torch.cuda.graph``: that empties torch's caches of device and pinned memory first,
@@ -78,18 +112,15 @@ class StepGraphs:
             # Adapters are read in a thread of their own, which may allocate meanwhile.
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
-                self._result[:rows].copy_(compute())
+                computed = compute()
+                result = self._result[: len(computed)]
+                result.copy_(computed)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return graph
 
-    def _remember(self, shape: Hashable) -> None:
-        if len(self._seen) >= _MAX_SEEN:
-            self._seen.clear()
-        self._seen.add(shape)
+        def replay() -> Tensor:
+            graph.replay()
+            return result
 
-    def _keep(self, shape: Hashable, graph: torch.cuda.CUDAGraph) -> None:
-        self._graphs[shape] = graph
-        if len(self._graphs) > _MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+        return replay

@@ -91,8 +91,8 @@ class Runner:
             find_adapter: Where the adapter of an id is in the pool.
             lowered: The adapter of an id in host memory, for its prefix.
             stage: The way to the device.
-            buckets: Numbers of rows that decode steps are padded to; empty where none is padded.
-            graphs: Where padded steps are captured and replayed.
+            buckets: Numbers of rows that decode steps are padded to; empty where none is captured.
+            graphs: Where these steps are captured and replayed.
         """
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -180,7 +180,7 @@ class Runner:
 
         if self._graphs is None or self._stage.overflowed:
             return compute()
-        return self._graphs.run(inputs.shape, len(inputs.batch.token_ids), compute)
+        return self._graphs.run(inputs.shape, compute)
 
     def _load(self, load: PrefixLoad) -> None:
         adapters = [self._lowered(adapter_id) for adapter_id in load.prefix.adapter_ids]

@@ -1,9 +1,9 @@
-"""Brings a step's small arrays to the device: on a GPU many of them in one asynchronous copy.
+"""Brings a step's small arrays to where the device reads them.
 
-A copy from ordinary memory makes the host wait for the device. So arrays are first laid one behind
+A copy from ordinary memory to a GPU makes the host wait for it. So arrays are first laid one behind
 the other in pinned memory, and ``flush`` sends what was laid there since the last one. Where an
-array comes to lie depends on the sizes of those placed before it alone: steps that place arrays of
-the same sizes find them at the same addresses, which is what a captured step needs.
+array comes to lie, on a CPU too, depends on the sizes of those placed before it alone: steps that
+place arrays of the same sizes find them at the same addresses, which is what a captured step needs.
 """
 
 from typing import Any, Protocol
@@ -40,17 +40,52 @@ class Stage(Protocol):
         ...
 
 
-class HostStage:
-    """Where the device computes in host memory there is no way to go."""
+class _Shelf:
+    """Bytes in which arrays come to lie one behind the other."""
 
-    overflowed = False
+    def __init__(self, memory: Array) -> None:
+        """``memory`` is (bytes,) uint8."""
+        self.memory = memory
+        self.end = 0
+
+    def lay(self, array: Array) -> slice | None:
+        """Where the array lies now, None where there is no room."""
+        start, num_bytes = self.end, array.nbytes
+        if start + num_bytes > len(self.memory):
+            return None
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.memory[start : start + num_bytes] = flat
+        self.end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return slice(start, start + num_bytes)
+
+
+class HostStage:
+    """Where the device computes in host memory, arrays only come to lie where they always do.
+
+    Args:
+        num_bytes: What does not fit there stays where it is.
+    """
+
+    def __init__(self, num_bytes: int = 0) -> None:
+        """Begin empty."""
+        aligned = np.empty(num_bytes + _ALIGNMENT, dtype=np.uint8)
+        start = -aligned.ctypes.data % _ALIGNMENT
+        self._shelf = _Shelf(aligned[start : start + num_bytes])
+        self.overflowed = False
 
     def begin(self) -> None:
-        """Nothing is kept."""
+        """Lay from the beginning again."""
+        self._shelf.end = 0
+        self.overflowed = False
 
     def place(self, array: Array) -> Tensor:
-        """The very same memory."""
-        return torch.from_numpy(array)
+        """Lay the array behind the last one."""
+        part = self._shelf.lay(array)
+        if part is None:
+            self.overflowed = True
+            return torch.from_numpy(array)
+        laid = self._shelf.memory[part].view(array.dtype).reshape(array.shape)
+        return torch.from_numpy(laid)
 
     def flush(self) -> None:
         """Nothing is under way."""
@@ -66,10 +101,9 @@ class PinnedStage:
 
     def __init__(self, host: Array, twin: Tensor) -> None:
         """Begin empty."""
-        self._host = host
+        self._shelf = _Shelf(host)
         self._twin = twin
         self.overflowed = False
-        self._end = 0
         self._sent = 0
         self._copied: torch.cuda.Event | None = None
 
@@ -77,28 +111,26 @@ class PinnedStage:
         """Wait until the last copy has read the pinned memory; it mostly has, long ago."""
         if self._copied is not None:
             self._copied.synchronize()
-        self._end = self._sent = 0
+        self._shelf.end = self._sent = 0
         self.overflowed = False
 
     def place(self, array: Array) -> Tensor:
         """Lay the array behind the last one."""
-        start, num_bytes = self._end, array.nbytes
-        if start + num_bytes > len(self._host):
+        part = self._shelf.lay(array)
+        if part is None:
             self.overflowed = True
             return send(torch.from_numpy(np.ascontiguousarray(array)), self._twin.device)
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._host[start : start + num_bytes] = flat
-        self._end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        return self._twin[start : start + num_bytes].view(dtype).view(array.shape)
+        return self._twin[part].view(dtype).view(array.shape)
 
     def flush(self) -> None:
         """One copy on the current stream."""
-        if self._end == self._sent:
+        host, end = self._shelf.memory, self._shelf.end
+        if end == self._sent:
             return
-        part = slice(self._sent, min(self._end, len(self._host)))
-        self._twin[part].copy_(torch.from_numpy(self._host[part]), non_blocking=True)
-        self._sent = self._end
+        part = slice(self._sent, min(end, len(host)))
+        self._twin[part].copy_(torch.from_numpy(host[part]), non_blocking=True)
+        self._sent = end
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -107,7 +139,7 @@ class PinnedStage:
 def make_stage(device: torch.device, num_bytes: int) -> Stage:
     """The stage of a device."""
     if device.type != "cuda":
-        return HostStage()
+        return HostStage(num_bytes)
     host = _pinned(torch.empty(num_bytes, dtype=torch.uint8)).numpy()
     return PinnedStage(host, torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
