@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...kernels.memory import allocator
 from ...kernels.tables import PrimitiveTable
 from ..layout import BaseLayout
 from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
@@ -69,7 +70,8 @@ class AdapterPool:
         self._head_path = layout.head_path
         self._at_head: set[int] = set()
         self._copies = make_copies(device)
-        self._buffer = torch.empty(self._extents.capacity, dtype=torch.uint8, device=device)
+        capacity = self._extents.capacity
+        self._buffer = allocator(device, capacity)((capacity,), torch.uint8)
         numbers, indices = self._buffer.view(dtype), self._buffer.view(torch.int32)
         self.tables: Mapping[type[Primitive], PrimitiveTable] = {
             each: PrimitiveTable(_empty_cells(each, layout, num_slots, device), numbers, indices)

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from ..cpu.library import INT, POINTER, Kernel, Library, raise_if, require
+from ..memory import HugeMemory
 from .op import LinearOp
 from .packed import prepare_linear as prepare_packed
 
 _ARGUMENTS = (POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, INT)
+
+_WEIGHT_BYTES = 1 << 26
+"""Reserved at a time for packed weights; what is not used is not touched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class CompiledLinear:
     def __init__(self, library: Library) -> None:
         """Find the functions, and ask for the matrix unit."""
         self._library = library
+        self._memory = HugeMemory(_WEIGHT_BYTES)
         self._packed_size = library.function("packed_size", (INT, INT), INT)
         self._pack = library.function("pack_linear", (POINTER, INT, INT, POINTER), None)
         self.has_matrix_unit = bool(library.function("has_matrix_unit", (), INT)())
@@ -75,7 +80,7 @@ class CompiledLinear:
         if weight.dtype is not torch.bfloat16 or not self.has_matrix_unit:
             return prepare_packed(weight, bias)
         out_size, in_size = weight.shape
-        packed = torch.empty(self._packed_size(in_size, out_size), dtype=weight.dtype)
+        packed = self._memory.empty((self._packed_size(in_size, out_size),), weight.dtype)
         dense = weight.contiguous()
         self._pack(dense.data_ptr(), in_size, out_size, packed.data_ptr())
         offset = None if bias is None else bias.contiguous()

@@ -137,83 +137,109 @@ Work cut(const Step<T>& step, int64_t max_columns, int64_t sharing, int64_t thre
     return work;
 }
 
+// Some of a step's KV heads.
+struct Heads {
+    int64_t first, last;
+};
+
+// The columns of a unit: head after head, those of each head beginning a tile of them.
 template <class T>
-void add_columns(const Step<T>& step, const Rows& member, int64_t kv_head,
-                 std::vector<Column<T>>& columns) {
+struct Columns {
+    std::vector<Column<T>> all;
+    int64_t per_head = 0, stride = 0;
+};
+
+template <class T>
+void add_rows(const Step<T>& step, const Rows& member, int64_t kv_head, Column<T>* to) {
     const int64_t sequence = member.sequence, heads = step.cache.kv_heads * step.group;
     const int64_t before = step.batch.context_lens[sequence] - step.q_len(sequence);
     for (int64_t i = member.start; i < member.end; ++i) {
         const int64_t row = step.batch.cu_seqlens_q[sequence] + i, end = before + i + 1;
         const int64_t first = max_of(step.batch.context_starts[sequence], end - step.window);
         for (int64_t head = kv_head * step.group; head < (kv_head + 1) * step.group; ++head)
-            columns.push_back({step.query + row * step.row_stride + head * step.head_stride,
-                               step.out + (row * heads + head) * step.cache.head_dim, first, end});
+            *to++ = {step.query + row * step.row_stride + head * step.head_stride,
+                     step.out + (row * heads + head) * step.cache.head_dim, first, end};
     }
 }
 
-// Blocks lie anywhere in memory, where no processor guesses the next one.
 template <class T>
-void fetch_ahead(const PagedHead<T>& head, int64_t from, int64_t to) {
-    constexpr int64_t LINE = 64 / sizeof(T);
-    for (int64_t j = from; j < to; ++j) {
-        const T* row = head.row(j);
-        for (int64_t i = 0; i < head.head_dim; i += LINE) __builtin_prefetch(row + i);
-    }
+void add_columns(const Step<T>& step, const Work& work, const Group& group, const Heads& heads,
+                 Columns<T>& columns) {
+    columns.per_head = 0;
+    for (int64_t i = group.first; i < group.last; ++i)
+        columns.per_head += work.members[i].count() * step.group;
+    columns.stride = div_up(columns.per_head, TILE_OUTS) * TILE_OUTS;
+    columns.all.resize((heads.last - heads.first) * columns.stride);
+    Column<T>* to = columns.all.data();
+    for (int64_t head = heads.first; head < heads.last; ++head, to += columns.stride)
+        for (int64_t i = group.first, q = 0; i < group.last; ++i) {
+            add_rows(step, work.members[i], head, to + q);
+            q += work.members[i].count() * step.group;
+        }
 }
 
-// Columns q .. end, of which `sequence` is one's, against their keys among from .. to.
+// Columns q .. end of each head, of which `sequence` is one's, against their keys among from .. to. The
+// heads of a block lie side by side in memory, and so are read one after the other.
 template <class T, class Tiles>
-void attend_keys(const Step<T>& step, int64_t sequence, int64_t kv_head,
-                 const std::vector<Column<T>>& columns, int64_t q, int64_t end, int64_t from,
-                 int64_t to, Tiles& tiles) {
-    const PagedHead<T> keys(step.cache.keys, step, sequence, kv_head);
-    const PagedHead<T> values(step.cache.values, step, sequence, kv_head);
-    int64_t first = columns[q].first, last = 0;
+void attend_keys(const Step<T>& step, int64_t sequence, const Heads& heads,
+                 const Columns<T>& columns, int64_t q, int64_t end, int64_t from, int64_t to,
+                 Tiles& tiles) {
+    int64_t first = columns.all[q].first, last = 0;
     for (int64_t i = q; i < end; ++i) {
-        first = min_of(first, columns[i].first);
-        last = max_of(last, columns[i].end);
+        first = min_of(first, columns.all[i].first);
+        last = max_of(last, columns.all[i].end);
     }
     first = max_of(first, from);
     last = min_of(last, to);
     for (int64_t base = first / KEYS * KEYS; base < last; base += KEYS) {
-        fetch_ahead(keys, base + KEYS, min_of(last, base + 2 * KEYS));
-        fetch_ahead(values, base + KEYS, min_of(last, base + 2 * KEYS));
-        tiles.take(keys, values, base, {max_of(first - base, 0), min_of(last - base, KEYS)});
-        tiles.attend(q, end, base);
+        const Range needed = {max_of(first - base, 0), min_of(last - base, KEYS)};
+        for (int64_t head = heads.first; head < heads.last; ++head) {
+            const int64_t at = (head - heads.first) * columns.stride;
+            tiles.take(PagedHead<T>(step.cache.keys, step, sequence, head),
+                       PagedHead<T>(step.cache.values, step, sequence, head), base, needed);
+            tiles.attend(at + q, at + end, base);
+        }
     }
 }
 
 template <class T, class Tiles>
-void attend(const Step<T>& step, const Work& work, const Group& group, int64_t kv_head,
-            std::vector<Column<T>>& columns, Tiles& tiles) {
-    columns.clear();
-    for (int64_t i = group.first; i < group.last; ++i)
-        add_columns(step, work.members[i], kv_head, columns);
-    const int64_t count = static_cast<int64_t>(columns.size());
-    tiles.begin(columns.data(), count);
-    attend_keys(step, work.members[group.first].sequence, kv_head, columns, 0, count, 0,
+void attend(const Step<T>& step, const Work& work, const Group& group, const Heads& heads,
+            Columns<T>& columns, Tiles& tiles) {
+    add_columns(step, work, group, heads, columns);
+    const int64_t end_of_all = static_cast<int64_t>(columns.all.size());
+    for (int64_t at = 0; at < end_of_all; at += columns.stride)
+        tiles.begin(columns.all.data(), at, at + columns.per_head);
+    attend_keys(step, work.members[group.first].sequence, heads, columns, 0, columns.per_head, 0,
                 group.shared, tiles);
     for (int64_t i = group.first, q = 0; i < group.last; ++i) {
         const int64_t end = q + work.members[i].count() * step.group;
-        attend_keys(step, work.members[i].sequence, kv_head, columns, q, end, group.shared,
-                    columns[end - 1].end, tiles);
+        attend_keys(step, work.members[i].sequence, heads, columns, q, end, group.shared,
+                    columns.all[end - 1].end, tiles);
         q = end;
     }
-    tiles.finish(count);
+    for (int64_t at = 0; at < end_of_all; at += columns.stride)
+        tiles.finish(at, at + columns.per_head);
 }
 
+// Where there are groups enough for all threads, a unit is a group with all heads. What it holds of a
+// group must stay in the first cache levels, so that only small groups are computed like that.
 template <class Tiles, class T>
 void attend_all(const Step<T>& step, int64_t threads) {
     const Work work = cut(step, Tiles::MAX_COLUMNS, Tiles::SHARING, threads);
     const int64_t groups = static_cast<int64_t>(work.groups.size());
-    const int64_t units = groups * step.cache.kv_heads;
+    const int64_t stride = div_up(work.max_rows * step.group, TILE_OUTS) * TILE_OUTS;
+    const bool together = groups >= 2 * threads && step.cache.kv_heads * stride <= 2 * Tiles::MAX_COLUMNS;
+    const int64_t heads = together ? step.cache.kv_heads : 1;
+    const int64_t units = groups * (step.cache.kv_heads / heads);
     std::atomic<int64_t> next{0};
     run_parallel(units > 1 ? threads : 1, [&] {
-        Tiles tiles(step, work.max_rows * step.group);
-        std::vector<Column<T>> columns;
+        Tiles tiles(step, heads * stride);
+        Columns<T> columns;
         // Head by head: groups with the same first blocks follow one another.
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;)
-            attend(step, work, work.groups[i % groups], i / groups, columns, tiles);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+            const int64_t head = i / groups * heads;
+            attend(step, work, work.groups[i % groups], {head, head + heads}, columns, tiles);
+        }
     });
 }
 

@@ -58,14 +58,15 @@ class MatrixTiles {
         values = copied_keys + KEYS * head_dim;
     }
 
-    void begin(const Column<bfloat16>* unit, int64_t count) {
+    // Columns q .. end - 1 of the unit have seen nothing yet; q begins a tile of them.
+    void begin(const Column<bfloat16>* unit, int64_t q, int64_t end) {
         columns = unit;
-        for (int64_t tile = 0; tile * TILE_OUTS < count; ++tile)
-            states[tile] = State{splat(-__builtin_inff()), Floats{}, Ints{}, Ints{}};
-        for (int64_t q = 0; q < count; q += TILE_OUTS)
+        std::memset(out + q * head_dim, 0, (end - q) * head_dim * sizeof(float));
+        for (; q < end; q += TILE_OUTS) {
+            states[q / TILE_OUTS] = State{splat(-__builtin_inff()), Floats{}, Ints{}, Ints{}};
             for (int64_t k = 0; k < in_tiles; ++k)
-                pack_queries(q, min_of(count - q, TILE_OUTS), k);
-        std::memset(out, 0, count * head_dim * sizeof(float));
+                pack_queries(q, min_of(end - q, TILE_OUTS), k);
+        }
     }
 
     void take(const PagedHead<bfloat16>& paged_keys, const PagedHead<bfloat16>& paged_values,
@@ -85,9 +86,9 @@ class MatrixTiles {
         }
     }
 
-    void finish(int64_t count) const {
+    void finish(int64_t q, int64_t end) const {
         const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        for (int64_t q = 0; q < count; ++q) {
+        for (; q < end; ++q) {
             const float total = states[q / TILE_OUTS].total[q % TILE_OUTS];
             for (int64_t i = 0; i < head_dim; i += TILE_INS) {
                 const float* from = out + q * head_dim + i;

@@ -75,14 +75,15 @@ class VectorTiles {
           total(out + max_columns * width),     // (columns, LANES)
           highest(total + max_columns * LANES) {}
 
-    void begin(const Column<T>* unit, int64_t count) {
+    // Columns q .. end - 1 of the unit have seen nothing yet.
+    void begin(const Column<T>* unit, int64_t q, int64_t end) {
         columns = unit;
-        for (int64_t q = 0; q < count; ++q) {
+        std::memset(out + q * width, 0, (end - q) * width * sizeof(float));
+        std::memset(total + q * LANES, 0, (end - q) * LANES * sizeof(float));
+        for (; q < end; ++q) {
             unpack_head(columns[q].query, step.cache.head_dim, queries + q * width);
             highest[q] = -__builtin_inff();
         }
-        std::memset(out, 0, count * width * sizeof(float));
-        std::memset(total, 0, count * LANES * sizeof(float));
     }
 
     // Keys lo .. hi of the tile that begins at `base`; those beside them count as zero, unread.
@@ -103,8 +104,8 @@ class VectorTiles {
         }
     }
 
-    void finish(int64_t count) const {
-        for (int64_t q = 0; q < count; ++q) {
+    void finish(int64_t q, int64_t end) const {
+        for (; q < end; ++q) {
             const float whole = sum(load(total + q * LANES));
             for_groups(step.cache.head_dim, Pack<T>::SIZE, [&](int64_t i, auto... n) {
                 Pack<T> pack;

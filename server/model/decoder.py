@@ -13,6 +13,7 @@ from torch import Tensor
 from ...adapters.base import PrefixKV
 from ...adapters.device.batch import AdapterBatch
 from ...adapters.layout import BaseLayout, Half
+from ...kernels.memory import allocator
 from ...kernels.paged_attention.op import PagedBatch
 from .attention import Attention, KVCache, Step
 from .blocks import Embedding, Linear, Norm
@@ -69,12 +70,10 @@ class Decoder:
         """A cache of ``num_blocks`` blocks, uninitialised: memory is touched where it is used."""
         config, like = self.config, self.tokens.weight
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        whole = self.kv_bytes_per_token * num_blocks * block_size
+        allocate = allocator(like.device, whole)
         keys, values = (
-            tuple(
-                torch.empty(shape, dtype=like.dtype, device=like.device)
-                for _ in range(config.num_layers)
-            )
-            for _ in range(2)
+            tuple(allocate(shape, like.dtype) for _ in range(config.num_layers)) for _ in range(2)
         )
         return KVCache(keys, values)
 
