@@ -45,18 +45,23 @@ INLINE Floats load(const bfloat16* p) {
     return (Floats)(__builtin_convertvector(v, Words) << 16);
 }
 
-// The bits of a bfloat16 in the upper half of each lane: to the nearest, ties to even; NaN stays NaN.
-INLINE Words rounded_bits(Floats v) {
+// To the nearest bfloat16, ties to even; NaN stays NaN. Intel's instruction makes numbers below the
+// smallest normal one zero.
+#ifdef __AVX512BF16__
+INLINE Halves rounded(Floats v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+#else
+INLINE Halves rounded(Floats v) {
     const Words bits = (Words)v;
     const Words is_nan = (Words)(v != v);
-    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return ((rounded & ~is_nan) | (is_nan & 0x7fc00000u)) & 0xffff0000u;
+    const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((nearest & ~is_nan) | (is_nan & 0x7fc0u), Halves);
 }
+#endif
 
 INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 INLINE void store(bfloat16* p, Floats v) {
-    const Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
+    const Halves halves = rounded(v);
     std::memcpy(p, &halves, sizeof halves);
 }
 
@@ -75,8 +80,7 @@ INLINE void store(float* p, Floats v, int64_t n) {
 }
 
 INLINE void store(bfloat16* p, Floats v, int64_t n) {
-    const Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
-    _mm256_mask_storeu_epi16(p, first_of(n), (__m256i)halves);
+    _mm256_mask_storeu_epi16(p, first_of(n), (__m256i)rounded(v));
 }
 #else
 template <class T>
@@ -119,7 +123,8 @@ INLINE Pack<bfloat16> unpacked(Words v) {
 }
 
 INLINE Words packed(Pack<bfloat16> pack) {
-    return (rounded_bits(pack.part[0]) >> 16) | rounded_bits(pack.part[1]);
+    return __builtin_convertvector(rounded(pack.part[0]), Words) |
+           __builtin_convertvector(rounded(pack.part[1]), Words) << 16;
 }
 
 INLINE Pack<float> load_pack(const float* p) { return {{load(p)}}; }

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
 from .op import PagedBatch
 
-_WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT)
+_WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT)
 _ATTEND_ARGUMENTS = (POINTER, *(INT,) * 4, POINTER, POINTER, POINTER, FLOAT, INT, INT)
 
 _UNLIMITED = 2**62  # keys; no context is longer, and positions minus it stay in 64 bits
@@ -77,6 +77,7 @@ class CompiledAttention:
             ctypes.byref(cache),
             address(slot_mapping, torch.int64, "slot_mapping"),
             rows,
+            torch.get_num_threads(),
         )
         raise_if(error, "write_kv")
 

@@ -14,6 +14,8 @@
 
 namespace {
 
+constexpr int64_t WRITE_ROWS = 64;  // of a task: fewer are not worth waking a thread
+
 // Query rows start .. end - 1 of a sequence.
 struct Rows {
     int64_t sequence, start, end;
@@ -263,12 +265,12 @@ const char* paged_attention(const Step<bfloat16>& step, int64_t threads) {
 
 template <class T>
 const char* write_kv(const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
-                     const Cache& cache, const int64_t* slots, int64_t rows) {
+                     const Cache& cache, const int64_t* slots, int64_t rows, int64_t threads) {
     for (int64_t row = 0; row < rows; ++row)
         if (slots[row] < 0 || slots[row] >= cache.blocks * cache.block_size)
             return "slot_mapping names a slot outside the cache";
     const int64_t size = cache.head_dim, bytes = size * sizeof(T);
-    for (int64_t row = 0; row < rows; ++row) {
+    const auto write = [&](int64_t row) {
         const int64_t block = slots[row] / cache.block_size, offset = slots[row] % cache.block_size;
         for (int64_t head = 0; head < cache.kv_heads; ++head) {
             const int64_t to = ((block * cache.kv_heads + head) * cache.block_size + offset) * size;
@@ -276,7 +278,11 @@ const char* write_kv(const T* keys, int64_t key_stride, const T* values, int64_t
             std::memcpy(static_cast<T*>(cache.values) + to, values + row * value_stride + head * size,
                         bytes);
         }
-    }
+    };
+    for_each_task(div_up(rows, WRITE_ROWS), threads, [&](int64_t task) {
+        for (int64_t row = task * WRITE_ROWS; row < min_of(rows, (task + 1) * WRITE_ROWS); ++row)
+            write(row);
+    });
     return nullptr;
 }
 
@@ -293,9 +299,9 @@ const char* write_kv(const T* keys, int64_t key_stride, const T* values, int64_t
     }                                                                                             \
     extern "C" const char* write_kv_##DTYPE(const void* key, int64_t key_stride, const void* value, \
                                             int64_t value_stride, const Cache* cache,             \
-                                            const int64_t* slots, int64_t rows) {                 \
+                                            const int64_t* slots, int64_t rows, int64_t threads) { \
         return write_kv(static_cast<const T*>(key), key_stride, static_cast<const T*>(value),     \
-                        value_stride, *cache, slots, rows);                                       \
+                        value_stride, *cache, slots, rows, threads);                              \
     }                                                                                               \
     EXPORT_PACKED(paged_attention_##DTYPE)                                                          \
     EXPORT_PACKED(write_kv_##DTYPE)

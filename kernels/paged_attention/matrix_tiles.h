@@ -215,26 +215,19 @@ class MatrixTiles {
 
     // Weights of 32 keys as rows of pairs.
     void turn(int64_t half) {
-        const __m512i side_by_side = _mm512_setr_epi32(
-            0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
-            0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-        Floats rounded[LANES], rest[LANES];
+        Floats nearest[LANES], rest[LANES];
         for (int64_t pair = 0; pair < LANES; ++pair) {
             const Floats even = load(scores[half * TILE_INS + 2 * pair]);
             const Floats odd = load(scores[half * TILE_INS + 2 * pair + 1]);
-            const auto paired = [&](Floats low, Floats high) {
-                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-                return _mm512_permutexvar_epi16(side_by_side, both);
-            };
-            const __m512i near = paired(even, odd);
-            const Pack<bfloat16> kept = unpacked((Words)near);
-            rounded[pair] = (Floats)near;
-            rest[pair] = (Floats)paired(even - kept.part[0], odd - kept.part[1]);
+            const Words near = packed({{even, odd}});
+            const Pack<bfloat16> kept = unpacked(near);
+            nearest[pair] = (Floats)near;
+            rest[pair] = (Floats)packed({{even - kept.part[0], odd - kept.part[1]}});
         }
-        transpose(rounded);
+        transpose(nearest);
         transpose(rest);
         for (int64_t r = 0; r < TILE_ROWS; ++r) {
-            std::memcpy(&weights[0][r][half * TILE_ROWS], &rounded[r], sizeof rounded[r]);
+            std::memcpy(&weights[0][r][half * TILE_ROWS], &nearest[r], sizeof nearest[r]);
             std::memcpy(&weights[1][r][half * TILE_ROWS], &rest[r], sizeof rest[r]);
         }
     }
