@@ -1,17 +1,15 @@
 """``deltamux bench``: what may be asked of the benchmarks, and how they refuse."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .errors import BenchmarkError
+from .compare.command import compare
 from .load.command import serve
+from .usage import errors_of_use
 
-_PACKAGES = ("httpx", "rich", "matplotlib")
-"""Of the extra ``bench``."""
 Command = TypeVar("Command", bound=Callable[..., object])
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -43,7 +41,7 @@ def kernels(compile_only: bool, tune: bool, text: str) -> None:
     """
     if compile_only and tune:
         raise click.UsageError("--compile-only needs no GPU and --tune needs one: give one of them")
-    with _errors_of_use():
+    with errors_of_use():
         if tune:
             from .tune import run as tune_kernels
 
@@ -109,7 +107,7 @@ def roofline(
     plot: Path | None,
 ) -> None:
     """Tell the time that no decode step can be shorter than, with and without adapters."""
-    with _errors_of_use():
+    with errors_of_use():
         from .roofline import DEVICES, Workload, given_device, run
 
         devices = DEVICES if bandwidth is flops is None else (given_device(bandwidth, flops),)
@@ -161,7 +159,7 @@ def step(**options: Any) -> None:
     from ..server.engine.process import let_idle_threads_sleep
 
     let_idle_threads_sleep()  # as in the server, before torch is imported
-    with _errors_of_use():
+    with errors_of_use():
         from .step import Workload, run
 
         run(Workload(**options))
@@ -185,19 +183,5 @@ def _refuse(name: str) -> None:
 
 
 bench.add_command(serve)
-for _name in ("compare", "adapters"):
-    _refuse(_name)
-
-
-@contextmanager
-def _errors_of_use() -> Iterator[None]:
-    try:
-        yield
-    except BenchmarkError as error:
-        raise click.UsageError(str(error)) from error
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _PACKAGES:
-            raise
-        raise click.UsageError(
-            f"{error.name} is not installed; run: pip install 'deltamux[bench]'"
-        ) from error
+bench.add_command(compare)
+_refuse("adapters")

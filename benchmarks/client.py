@@ -6,7 +6,7 @@ chunk that has text.
 """
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +35,7 @@ class Request:
         output_tokens: How many to generate whatever they are, or at most if not ``exact``.
         exact: Whether a shorter answer is a failure; sends vLLM's ``ignore_eos``.
         key: Sent as bearer token; never printed.
+        extra: Further fields of the body, for servers that need some.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Request:
     output_tokens: int
     exact: bool = True
     key: str | None = field(default=None, repr=False)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     def body(self) -> bytes:
         """What is posted."""
@@ -54,7 +56,8 @@ class Request:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        return msgspec.json.encode(body | ({"ignore_eos": True} if self.exact else {}))
+        exact = {"ignore_eos": True} if self.exact else {}
+        return msgspec.json.encode({**body, **exact, **self.extra})
 
     def headers(self) -> dict[str, str]:
         """Of the post; a compressed stream would arrive in lumps."""
@@ -88,9 +91,10 @@ def random_prompt(seed: str, length: int, token_ids: range) -> list[int]:
     return drawn
 
 
-def open_client(base_url: str, silence: float = 600) -> httpx.AsyncClient:
+def open_client(base_url: str, silence: float = 600, *, reuse: bool = True) -> httpx.AsyncClient:
     """A client that never waits for a connection and allows ``silence`` seconds without a byte."""
-    return httpx.AsyncClient(base_url=base_url, timeout=silence, transport=Connections())
+    transport = Connections(reuse=reuse)
+    return httpx.AsyncClient(base_url=base_url, timeout=silence, transport=transport)
 
 
 class Answer:
@@ -99,6 +103,7 @@ class Answer:
     Attributes:
         times: When chunks with tokens arrived (``time.perf_counter``, seconds).
         tokens: How many each of them brought.
+        token_ids: Of the answer so far, where the server tells them.
         prompt_tokens: By the server's usage; None where it sends none.
     """
 
@@ -106,6 +111,7 @@ class Answer:
         """Of a request that is not sent yet."""
         self.times: list[float] = []
         self.tokens: list[int] = []
+        self.token_ids: list[int] = []
         self.prompt_tokens: int | None = None
         self._request = request
         self._usage: int | None = None
@@ -143,6 +149,7 @@ class Answer:
     def _count(self, choice: _Choice) -> int:
         if choice.token_ids is not None:
             self._counted = True
+            self.token_ids += choice.token_ids
             return len(choice.token_ids)
         return 1 if choice.text and not self._counted else 0
 

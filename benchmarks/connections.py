@@ -6,7 +6,7 @@ grow with the number of streams.
 """
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import cached_property
 from typing import cast
 
@@ -16,9 +16,10 @@ import httpx
 class Connections(httpx.AsyncBaseTransport):
     """Gives a request the connection that was idle for the shortest time, or a new one."""
 
-    def __init__(self) -> None:
-        """Without any connection yet."""
+    def __init__(self, *, reuse: bool = True) -> None:
+        """Without any connection yet; ``reuse`` none with a server that closes them unannounced."""
         self._idle: list[httpx.AsyncBaseTransport] = []
+        self._reuse = reuse
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request; its connection is idle again when the response is closed."""
@@ -28,9 +29,15 @@ class Connections(httpx.AsyncBaseTransport):
         return httpx.Response(
             response.status_code,
             headers=response.headers,
-            stream=_Stream(stream, connection, self._idle),
+            stream=_Stream(stream, connection, self._release),
             extensions=response.extensions,
         )
+
+    async def _release(self, connection: httpx.AsyncBaseTransport) -> None:
+        if self._reuse:
+            self._idle.append(connection)
+        else:
+            await connection.aclose()
 
     def _open(self, scheme: str) -> httpx.AsyncBaseTransport:
         context = self._tls if scheme == "https" else self._no_tls
@@ -59,11 +66,11 @@ class _Stream(httpx.AsyncByteStream):
         self,
         body: httpx.AsyncByteStream,
         connection: httpx.AsyncBaseTransport,
-        idle: list[httpx.AsyncBaseTransport],
+        release: Callable[[httpx.AsyncBaseTransport], Awaitable[None]],
     ) -> None:
         self._body = body
         self._connection = connection
-        self._idle = idle
+        self._release = release
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._body.__aiter__()
@@ -72,4 +79,4 @@ class _Stream(httpx.AsyncByteStream):
         try:
             await self._body.aclose()
         finally:
-            self._idle.append(self._connection)
+            await self._release(self._connection)

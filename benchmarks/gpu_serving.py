@@ -17,16 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-import torch
-
 from ..server.config import default_state_dir
 from ..server.engine.config import ADAPTER_SHARE
 from ..server.model.source import resolve_model
 from .gpu_section import Options, say
-from .make_adapters import linear_modules, random_lora, write_adapter
+from .make_adapters import write_adapters
 from .markdown import table
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 COUNTS = (0, 1, 8, 32, 128)
 STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 64, 128, 128, 512
@@ -124,13 +121,9 @@ def make_adapters(base: Path, folder: Path, count: int, seed: int) -> int:
     Raises:
         ValueError: The base has none of the modules.
     """
-    modules = list(linear_modules(base, TARGETS))
-    if not modules:
-        raise ValueError(f"{base}: no module is called {', '.join(TARGETS)}")
-    say(f"making {count} adapters of rank {RANK} on {len(modules)} modules")
-    for index in range(count):
-        tensors = random_lora(modules, RANK, torch.bfloat16, seed * 1_000_003 + index)
-        write_adapter(folder / f"synthetic-{index:03}", tensors, RANK, TARGETS)
+    say(f"making {count} adapters of rank {RANK} on all linear modules")
+    folders = [folder / f"synthetic-{index:03}" for index in range(count)]
+    modules = write_adapters(base, folders, [RANK], seed=seed)
     return sum(RANK * (inputs + outputs) * 2 for _, inputs, outputs in modules)
 
 

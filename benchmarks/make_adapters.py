@@ -9,7 +9,7 @@ are those of the base's own modules, which are built without memory for their we
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from ..server.config import default_state_dir
 from ..server.model.source import resolve_model
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""All linear modules of a layer of Llama's build."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 B_STD = 0.02  # with A's rows of unit length on average, a delta of about a tenth of its input
 
@@ -39,14 +41,18 @@ def linear_modules(base: Path, targets: list[str]) -> Iterator[tuple[str, int, i
 
 
 def random_lora(
-    modules: list[tuple[str, int, int]], rank: int, dtype: torch.dtype, seed: int
+    modules: list[tuple[str, int, int]],
+    rank: int,
+    dtype: torch.dtype,
+    seed: int,
+    b_std: float = B_STD,
 ) -> dict[str, Tensor]:
     """A (rank, in) and B (out, rank) of every module, under PEFT's keys."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, in_features, out_features in modules:
         a = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
-        b = torch.randn(out_features, rank, generator=generator) * B_STD
+        b = torch.randn(out_features, rank, generator=generator) * b_std
         tensors[f"base_model.model.{path}.lora_A.weight"] = a.to(dtype)
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.to(dtype)
     return tensors
@@ -70,6 +76,31 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], rank: int, targets: 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def write_adapters(
+    base: Path,
+    folders: Sequence[Path],
+    ranks: Sequence[int],
+    *,
+    targets: list[str] = TARGETS,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    b_std: float = B_STD,
+) -> list[tuple[str, int, int]]:
+    """Write a random LoRA into each folder, the ranks taken in turn, on the modules it gives.
+
+    Raises:
+        ValueError: The base has none of the modules.
+    """
+    modules = list(linear_modules(base, targets))
+    if not modules:
+        raise ValueError(f"{base}: no module is called {', '.join(targets)}")
+    for index, folder in enumerate(folders):
+        rank = ranks[index % len(ranks)]
+        tensors = random_lora(modules, rank, dtype, seed * 1_000_003 + index, b_std)
+        write_adapter(folder, tensors, rank, targets)
+    return modules
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make synthetic LoRA adapters.")
@@ -90,16 +121,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the folders and say what they are."""
     arguments = parse_arguments()
-    targets = arguments.targets.split(",")
     ranks = arguments.rank or [8]
-    base = resolve_model(arguments.base, arguments.state_dir)
-    modules = list(linear_modules(base, targets))
-    for index in range(arguments.count):
-        rank = ranks[index % len(ranks)]
-        tensors = random_lora(
-            modules, rank, DTYPES[arguments.dtype], seed=arguments.seed * 1_000_003 + index
-        )
-        write_adapter(arguments.out / f"{arguments.name}-{index}", tensors, rank, targets)
+    modules = write_adapters(
+        resolve_model(arguments.base, arguments.state_dir),
+        [arguments.out / f"{arguments.name}-{index}" for index in range(arguments.count)],
+        ranks,
+        targets=arguments.targets.split(","),
+        dtype=DTYPES[arguments.dtype],
+        seed=arguments.seed,
+    )
     print(f"{arguments.count} adapters of rank {ranks} on {len(modules)} modules: {arguments.out}")
 
 

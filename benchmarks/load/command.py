@@ -1,52 +1,19 @@
 """``deltamux bench serve``: the options of the load generator."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import BenchmarkError
+from ..usage import OneLineCommand, errors_of_use
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_PACKAGES = ("httpx", "rich", "matplotlib")
-"""Of the extra ``bench``."""
-
-
-class _UseError(click.ClickException):
-    """One line and exit status 2."""
-
-    exit_code = 2
-
-
-class _Command(click.Command):
-    """Refuses an option in one line, too."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            raise _UseError(error.format_message()) from error
-
-
-@contextmanager
-def _errors_of_use() -> Iterator[None]:
-    try:
-        yield
-    except BenchmarkError as error:
-        raise _UseError(str(error)) from error
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _PACKAGES:
-            raise
-        raise _UseError(
-            f"{error.name} is not installed; run: pip install 'deltamux[bench]'"
-        ) from error
 
 
 @click.command(
-    cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=OneLineCommand,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option("--base-url", default="http://127.0.0.1:8000", show_default=True, metavar="URL")
 @click.option(
@@ -190,7 +157,7 @@ def serve(**options: Any) -> None:
     The last line of the output is one JSON object. The exit status is 1 if a request failed, and 2
     if what was asked for cannot be measured.
     """
-    with _errors_of_use():
+    with errors_of_use():
         from .measure import measure
         from .options import Options
 

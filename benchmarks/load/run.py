@@ -90,10 +90,10 @@ class Outcome:
     warmup_errors: list[str]
 
 
-async def run(base_url: str, workload: Workload, silence: float) -> Outcome:
-    """Warm up, then measure."""
+async def run(base_url: str, workload: Workload, silence: float, *, reuse: bool = True) -> Outcome:
+    """Warm up, then measure; ``reuse`` connections for further requests."""
     _allow_many_connections()
-    async with open_client(base_url, silence) as client:
+    async with open_client(base_url, silence, reuse=reuse) as client:
         warmup = _Sender(client, Tally("warm-up", workload.warmup, None))
         load = workload.load
         streams = load.concurrency if isinstance(load, Closed) else _WARMUP_STREAMS

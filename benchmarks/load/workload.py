@@ -50,6 +50,7 @@ class Workload:
         token_ids: That prompts are drawn from.
         exact: Whether an answer must be as long as asked for.
         keys: By tenant.
+        extras: Further fields of a request's body, by model.
         trace: Where it is given, its rows in turn are the requests.
         seed: Of all that is drawn.
     """
@@ -68,6 +69,7 @@ class Workload:
     token_ids: range = range(1000, 30001)
     exact: bool = True
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    extras: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     trace: Trace | None = None
     seed: int = 0
 
@@ -174,7 +176,8 @@ class Workload:
         for index, (at, model, given, output, tenant) in enumerate(parts):
             prompt = given if isinstance(given, str) else make.prompt(index, model, given)
             key = None if tenant is None else self.keys.get(tenant)
-            request = Request(model, prompt, output, self.exact, key)
+            extra = self.extras.get(model, {})
+            request = Request(model, prompt, output, self.exact, key, extra)
             yield Planned(request, at, None if isinstance(prompt, str) else len(prompt), tenant)
 
 
