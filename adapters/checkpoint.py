@@ -1,60 +1,36 @@
-"""Adapter folders are files from strangers: this is the only place that reads them.
-
-    library      configuration          weights, the first that is there        beside them
-    peft         adapter_config.json    adapter_model.safetensors | .bin
-    adapterhub   adapter_config.json    adapter.safetensors, pytorch_adapter.bin    the head's files
-    plain        delta_config.json      delta.safetensors
+"""The weights of an adapter folder, hostile until proven otherwise: bytes of strangers -> tensors.
 
 ``.bin`` is the pickle format of ``torch.save``, of which only what builds plain tensors is ever
-executed. ``deltamux.json`` in any of them holds what the library does not save and serving needs
-to know (a task's number, say). Each file is read with a limit that is checked beforehand, and the
-bytes that are hashed are the bytes that are parsed, so that a digest stands for the tensors that
-came with it even if the file changes meanwhile. Symbolic links are followed, because hub caches are
-made of them, but only to regular files.
+executed. The bytes that are hashed are the bytes that are parsed, so that a digest stands for the
+tensors that came with it even if the file changes meanwhile.
 """
 
-import hashlib
 import io
 import json
 import os
 import pickle
-import stat
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import (
-    AdapterCorrupt,
-    AdapterError,
-    AdapterNotFound,
-    AdapterTooLarge,
-    AdapterUnsupported,
-    shown,
-)
-from .files import (
-    ADAPTERHUB,
-    CONFIG_FILE,
-    FUSION_CONFIG_FILE,
-    HEAD_FILES,
-    INTERFACE_FILE,
-    OPTIONS_FILE,
-    PEFT,
-    PLAIN,
-    PLAIN_CONFIG_FILE,
-    SAFETENSORS_FILE,
-    WEIGHT_FILES,
+from .errors import AdapterCorrupt, AdapterTooLarge, AdapterUnsupported, shown
+from .files import ADAPTERHUB, HEAD_FILES, SAFETENSORS_FILE, WEIGHT_FILES
+from .folder import (
+    MAX_WEIGHT_BYTES,
+    ConfigFile,
+    digest_of,
+    no_weights,
+    opened_file,
+    read_file,
 )
 
-MAX_CONFIG_BYTES = 1 << 20
-MAX_WEIGHT_BYTES = 8 << 30
 OVERHEAD_BYTES = 16 << 20
 """What a weight file may have beside its numbers: names, shapes and padding."""
 
@@ -66,27 +42,6 @@ _MAX_DIMENSIONS = 8
 """No kind's tensor has more, and torch itself fails beyond 64."""
 _WIDEST = 8
 _STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigFile:
-    """The configuration of an adapter folder.
-
-    Attributes:
-        folder: The folder.
-        library: Whose format it is: a key of WEIGHT_FILES.
-        fields: The JSON object of the configuration.
-        options: The JSON object of ``deltamux.json``, empty without one.
-        interface: The JSON object of AdapterHub's ``adapter_interface.json``, None without one.
-        read: Name and bytes of every file read.
-    """
-
-    folder: Path
-    library: str
-    fields: Mapping[str, object]
-    options: Mapping[str, object]
-    interface: Mapping[str, object] | None
-    read: tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,38 +69,6 @@ class Checkpoint:
     interface: Mapping[str, object] | None = None
 
 
-def open_config(folder: Path) -> ConfigFile:
-    """Read the configuration of an adapter folder.
-
-    Raises:
-        AdapterNotFound: There is no such folder.
-        AdapterCorrupt: The file is missing, or is not a JSON object.
-        AdapterTooLarge: The file exceeds 1 MiB.
-    """
-    if not folder.is_dir():
-        raise AdapterNotFound(f"there is no adapter folder at {folder}")
-    names = [name for name in (CONFIG_FILE, PLAIN_CONFIG_FILE) if os.path.lexists(folder / name)]
-    if not names:
-        raise _no_config(folder)
-    if len(names) > 1:
-        raise AdapterCorrupt(f"{folder} holds two adapters: {' and '.join(names)}")
-    read = [
-        (name, raw)
-        for name in (names[0], OPTIONS_FILE, INTERFACE_FILE)
-        if (raw := _small(folder / name)) is not None
-    ]
-    parsed = {name: _parse_config(folder / name, raw) for name, raw in read}
-    fields = parsed[names[0]]
-    return ConfigFile(
-        folder=folder,
-        library=_library(names[0], fields),
-        fields=fields,
-        options=parsed.get(OPTIONS_FILE, {}),
-        interface=parsed.get(INTERFACE_FILE),
-        read=tuple(read),
-    )
-
-
 def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> Checkpoint:
     """Read the weights beside a configuration; safetensors first, as the libraries do.
 
@@ -162,7 +85,7 @@ def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> 
     names = WEIGHT_FILES[config.library]
     weights = _first_weights(config.folder, names, max_numbers)
     if weights is None:
-        raise AdapterCorrupt(f"{config.folder} holds neither {' nor '.join(names)}")
+        raise no_weights(config.folder, names)
     head = None
     if config.library == ADAPTERHUB:
         head = _first_weights(config.folder, HEAD_FILES, MAX_WEIGHT_BYTES)
@@ -178,15 +101,6 @@ def open_checkpoint(config: ConfigFile, max_numbers: int = MAX_WEIGHT_BYTES) -> 
     )
 
 
-def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
-    """SHA-256 over name, length (8 bytes, little endian) and bytes of each file, in hex."""
-    digest = hashlib.sha256()
-    for name, raw in files:
-        digest.update(name.encode() + b"\0" + len(raw).to_bytes(8, "little"))
-        digest.update(raw)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True, slots=True)
 class _WeightFile:
     name: str
@@ -197,7 +111,7 @@ class _WeightFile:
 def _first_weights(folder: Path, names: Iterable[str], max_numbers: int) -> _WeightFile | None:
     for name in names:
         path = folder / name
-        with _opened(path) as file:
+        with opened_file(path) as file:
             if file is None:
                 continue
             raw = _read_weights(path, file, max_numbers)
@@ -213,54 +127,6 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def _small(path: Path) -> bytes | None:
-    """The bytes of a configuration file, None where there is none."""
-    with _opened(path) as file:
-        return None if file is None else _read(path, file, MAX_CONFIG_BYTES)
-
-
-def _library(config_file: str, fields: Mapping[str, object]) -> str:
-    version = fields.get("version")
-    if config_file == PLAIN_CONFIG_FILE:
-        return PLAIN
-    by_adapterhub = "config" in fields and isinstance(version, str)
-    return ADAPTERHUB if by_adapterhub and "peft_type" not in fields else PEFT
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO | None]:
-    """The regular file of this name, None where there is none."""
-    descriptor = _descriptor(path)
-    if descriptor is None:
-        yield None
-        return
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AdapterCorrupt(f"{path} is not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
-
-
-def _descriptor(path: Path) -> int | None:
-    try:
-        # Opened before it is looked at, so that nothing can be exchanged in between; non-blocking,
-        # because opening a FIFO would wait for a writer.
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise AdapterCorrupt(f"{path} is a link to a file that does not exist") from None
-        return None
-    except OSError as error:
-        raise AdapterCorrupt(f"{path} cannot be opened: {error.strerror}") from error
-
-
-def _read(path: Path, file: BinaryIO, max_bytes: int) -> bytes:
-    size = os.fstat(file.fileno()).st_size
-    if size > max_bytes:
-        raise AdapterTooLarge(f"{path} has {size} bytes, more than the limit of {max_bytes}")
-    return file.read(size)
-
-
 def _read_weights(path: Path, file: BinaryIO, max_numbers: int) -> bytes:
     max_bytes = min(MAX_WEIGHT_BYTES, max_numbers * _WIDEST + OVERHEAD_BYTES)
     if _is_safetensors(path) and os.fstat(file.fileno()).st_size <= max_bytes:
@@ -269,7 +135,7 @@ def _read_weights(path: Path, file: BinaryIO, max_numbers: int) -> bytes:
             raise AdapterTooLarge(
                 f"{path} holds {numbers} numbers, more than the {max_numbers} there is room for"
             )
-    return _read(path, file, max_bytes)
+    return read_file(path, file, max_bytes)
 
 
 def _declared_numbers(file: BinaryIO) -> int:
@@ -291,43 +157,6 @@ def _declared_numbers(file: BinaryIO) -> int:
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return 0
-
-
-def _no_config(folder: Path) -> AdapterError:
-    """PEFT saves an adapter that is not named ``default`` to a folder of that name inside."""
-    if (folder / FUSION_CONFIG_FILE).exists():
-        return AdapterUnsupported(
-            f"{folder} holds an AdapterFusion, which mixes several adapters by attention between "
-            "them: serve its adapters one by one"
-        )
-    inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}"))
-    hint = f"; did you mean its folder {' or '.join(inside[:4])}?" if inside else ""
-    return AdapterCorrupt(f"{folder} holds no {CONFIG_FILE} and no {PLAIN_CONFIG_FILE}{hint}")
-
-
-def _parse_config(path: Path, raw: bytes) -> Mapping[str, object]:
-    try:
-        config = json.loads(
-            raw, object_pairs_hook=_unique_keys, parse_constant=_refuse_json_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise AdapterCorrupt(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterCorrupt(f"{path} holds a JSON {type(config).__name__}, not an object")
-    return config
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields: dict[str, object] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"the key {shown(name)} appears twice")
-        fields[name] = value
-    return fields
-
-
-def _refuse_json_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parse_safetensors(path: Path, raw: bytes) -> Mapping[str, Tensor]:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import open_checkpoint, open_config
+from .checkpoint import open_checkpoint
+from .folder import open_config
 from .lower import find_kind
 
 

@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from . import kinds
 from .base import Base
-from .checkpoint import Checkpoint, ConfigFile, open_checkpoint, open_config
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import AdapterTooLarge, AdapterUnsupported, shown
 from .files import ADAPTERHUB, PLAIN
+from .folder import ConfigFile, open_config
 from .kind import AdapterKind, ParsedAdapter, PrimitiveShape
 from .layout import BaseLayout
 from .primitives.embedding import EmbeddingRows

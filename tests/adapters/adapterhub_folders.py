@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.adapters.base import Base
-from deltamux.adapters.checkpoint import Checkpoint, open_checkpoint, open_config
+from deltamux.adapters.checkpoint import Checkpoint, open_checkpoint
+from deltamux.adapters.folder import open_config
 from deltamux.adapters.kind import Lowered
 from deltamux.adapters.lower import find_kind
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltamux.adapters.base import Base
-from deltamux.adapters.checkpoint import Checkpoint, open_checkpoint, open_config
+from deltamux.adapters.checkpoint import Checkpoint, open_checkpoint
+from deltamux.adapters.folder import open_config
 from deltamux.adapters.kind import AdapterKind, Lowered, ParsedAdapter
 from deltamux.server.model.base import load_base
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from deltamux.adapters.checkpoint import (
-    MAX_CONFIG_BYTES,
-    OVERHEAD_BYTES,
-    ConfigFile,
-    digest_of,
-    open_checkpoint,
-    open_config,
-)
+from deltamux.adapters.checkpoint import OVERHEAD_BYTES, open_checkpoint
 from deltamux.adapters.errors import (
     AdapterCorrupt,
     AdapterError,
     AdapterNotFound,
     AdapterTooLarge,
     AdapterUnsupported,
+)
+from deltamux.adapters.folder import (
+    MAX_CONFIG_BYTES,
+    ConfigFile,
+    digest_of,
+    hash_folder,
+    open_config,
 )
 
 CONFIG = "adapter_config.json"
@@ -60,7 +60,20 @@ def test_a_good_folder(folder):
     assert torch.equal(checkpoint.tensors["a"], torch.arange(6.0).view(2, 3))
     assert checkpoint.tensors.keys() == {"a", "i"}
     files = [(name, (folder / name).read_bytes()) for name in (CONFIG, SAFETENSORS)]
-    assert checkpoint.digest == digest_of(files)
+    assert checkpoint.digest == digest_of(files) == hash_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["pirate", "robot", "notes"])
+def test_a_folder_hashes_to_the_digest_of_what_is_parsed(name):
+    folder = Path(__file__).parents[2] / "examples" / "adapters" / name
+    assert hash_folder(folder) == read(folder).digest
+
+
+@pytest.mark.parametrize("missing", [CONFIG, SAFETENSORS])
+def test_no_digest_of_half_a_folder(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(AdapterCorrupt):
+        hash_folder(folder)
 
 
 def test_the_digest_tells_where_one_file_ends():

@@ -13,8 +13,9 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
-from deltamux.adapters.checkpoint import open_checkpoint, open_config
+from deltamux.adapters.checkpoint import open_checkpoint
 from deltamux.adapters.errors import AdapterUnsupported
+from deltamux.adapters.folder import open_config
 from deltamux.adapters.formats import adapterhub_bottleneck, adapterhub_lora
 from deltamux.adapters.formats.config_fields import FieldRules
 from deltamux.adapters.formats.linear_adapter import PeftKind

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltamux.adapters.checkpoint import Checkpoint, ConfigFile, open_checkpoint, open_config
+from deltamux.adapters.checkpoint import Checkpoint, open_checkpoint
 from deltamux.adapters.errors import (
     AdapterCorrupt,
     AdapterError,
@@ -28,6 +28,7 @@ from deltamux.adapters.errors import (
     AdapterUnsupported,
 )
 from deltamux.adapters.files import HEAD_FILES, WEIGHT_FILES
+from deltamux.adapters.folder import ConfigFile, open_config
 from deltamux.adapters.formats import adapterhub_bottleneck, adapterhub_lora
 from deltamux.adapters.inspect import describe
 from deltamux.adapters.kind import Lowered
