@@ -30,6 +30,18 @@ _TELLING = (
     *(name for names in WEIGHT_FILES.values() for name in names),
 )
 
+ADAPTER_FILES = frozenset(
+    {
+        CONFIG_FILE,
+        PLAIN_CONFIG_FILE,
+        INTERFACE_FILE,
+        OPTIONS_FILE,
+        *(name for names in WEIGHT_FILES.values() for name in names),
+        *HEAD_FILES,
+    }
+)
+"""Every file that an adapter may consist of."""
+
 
 def is_adapter_folder(path: Path) -> bool:
     """Whether the folder holds any file that makes it an adapter, complete or not."""

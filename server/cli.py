@@ -1,6 +1,7 @@
 """The ``deltamux`` command. Errors of use exit 2 with one line that says what to do."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 import yaml
 
 from .config import ServeConfig, default_state_dir, parse_bytes
+from .store.sources import DEFAULT_PATTERNS
 
 _LATER = "is not in this release; see the roadmap in CHANGELOG.md"
 
@@ -29,22 +31,35 @@ class _Bytes(click.ParamType[int, object]):
             self.fail(str(error), param, ctx)
 
 
-class _NamedAdapter(click.ParamType[tuple[str, Path], object]):
-    """NAME=PATH; in the environment several, separated like a PATH."""
+class _NamedAdapter(click.ParamType[tuple[str, str], object]):
+    """NAME=PATH, or a URL for the path; in the environment several, separated like a PATH."""
 
     name = "name=path"
-    envvar_list_splitter = os.pathsep
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Split at colons, save those of URLs."""
+        return [each for each in re.split(f"{os.pathsep}(?!//)", rv) if each]
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Path]:
+    ) -> tuple[str, str]:
         """Split at the first equals sign."""
         if isinstance(value, tuple):
             return value
         name, equals, path = str(value).partition("=")
         if not (name and equals and path):
             self.fail(f"{value!r} is not NAME=PATH", param, ctx)
-        return name, Path(path)
+        return name, path
+
+
+class _Sources(click.ParamType[str, object]):
+    """The beginning of a source; in the environment several, separated by commas."""
+
+    name = "source"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Split at commas."""
+        return [each.strip() for each in rv.split(",") if each.strip()]
 
 
 def _option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -134,15 +149,53 @@ def cli() -> None:
     type=_NamedAdapter(),
     multiple=True,
     metavar="NAME=PATH",
-    help="Serve an adapter folder; a refused one stops the start. Repeatable; in the environment "
-    "several are separated by colons.",
+    help="Serve an adapter from a folder, an archive or a URL; a refused one stops the start. "
+    "Repeatable; in the environment several are separated by colons.",
 )
 @_option(
     "--adapter-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     multiple=True,
-    help="Serve every adapter folder directly inside, under its folder's name; a refused one is "
-    "listed as failed. Repeatable.",
+    help="Serve every adapter folder directly inside, under its folder's name, and follow what is "
+    "added, changed and removed there; a refused one is listed as failed. Repeatable.",
+)
+@_option(
+    "--adapter-source",
+    type=_Sources(),
+    multiple=True,
+    default=DEFAULT_PATTERNS,
+    show_default=", ".join(DEFAULT_PATTERNS),
+    metavar="SOURCE",
+    help="Where the API may load adapters from: local (any path), upload, or the beginning of a "
+    "path or URL, as hf://my-org or s3://bucket/adapters/. Repeatable; in the environment several "
+    "are separated by commas.",
+)
+@_option(
+    "--adapter-versions",
+    type=click.IntRange(1, 1000),
+    default=5,
+    metavar="N",
+    help="Versions of an adapter that are kept to go back to, the default one included.",
+)
+@_option(
+    "--max-adapter-size",
+    type=_Bytes(),
+    default="8GiB",
+    metavar="BYTES",
+    help="Largest adapter that is copied, fetched or unpacked.",
+)
+@_option(
+    "--max-upload-size",
+    type=_Bytes(),
+    default="2GiB",
+    metavar="BYTES",
+    help="Largest archive that may be uploaded.",
+)
+@_option(
+    "--no-adapter-copies",
+    is_flag=True,
+    help="Read local adapters where they are instead of copying them into the state folder; "
+    "versions whose files change are then gone.",
 )
 @_option("--tenants", type=click.Path(path_type=Path), help="Tenants file (later release).")
 @_option(
@@ -150,7 +203,7 @@ def cli() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=default_state_dir,
     show_default="the user's state folder",
-    help="Where converted models are kept.",
+    help="Where adapters, their registry and converted models are kept; of one server at a time.",
 )
 @_option("--host", default="127.0.0.1", help="Address to listen on.")
 @_option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on.")
@@ -250,8 +303,10 @@ def cli() -> None:
 def serve(
     model: str,
     served_model_name: str | None,
-    adapter: tuple[tuple[str, Path], ...],
+    adapter: tuple[tuple[str, str], ...],
     adapter_dir: tuple[Path, ...],
+    adapter_source: tuple[str, ...],
+    no_adapter_copies: bool,
     tenants: Path | None,
     quantization: str,
     no_prefix_caching: bool,
@@ -269,6 +324,8 @@ def serve(
         served_model_name=served_model_name or model,
         adapters=adapter,
         adapter_dirs=adapter_dir,
+        adapter_sources=adapter_source,
+        copy_adapters=not no_adapter_copies,
         prefix_caching=not no_prefix_caching,
         cuda_graphs=not no_cuda_graphs,
         **options,

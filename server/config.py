@@ -16,8 +16,13 @@ class ServeConfig:
 
     model: str
     served_model_name: str
-    adapters: tuple[tuple[str, Path], ...]
+    adapters: tuple[tuple[str, str], ...]
     adapter_dirs: tuple[Path, ...]
+    adapter_sources: tuple[str, ...]
+    adapter_versions: int
+    max_adapter_size: int
+    max_upload_size: int
+    copy_adapters: bool
     state_dir: Path
     host: str
     port: int

@@ -5,7 +5,7 @@ client, once per step. Gauges are read from the engine's last stats when they ar
 """
 
 from collections import Counter as Multiset
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic, time
 
@@ -14,14 +14,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from .engine.messages import EngineInfo, EngineStats
+from .store.residency import Residency
 
 _ENGINE = "0"
 _LABELS = ("model_name", "engine")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-Names = Callable[[list[int]], list[str]]
 
 
 class SequenceRecord:
@@ -113,20 +112,17 @@ class Metrics:
         self._success.labels(self._model_name, _ENGINE, reason).inc()
 
     def render(
-        self, info: EngineInfo | None, stats: EngineStats | None, adapter_names: Names
+        self, info: EngineInfo | None, stats: EngineStats | None, residency: Residency
     ) -> tuple[bytes, str]:
-        """(body, content type) of a scrape; gauges of an engine that is down are left out.
-
-        ``adapter_names`` gives the names of those of some adapter ids that have one.
-        """
+        """(body, content type) of a scrape; gauges of an engine that is down are left out."""
         scrape = CollectorRegistry()
-        scrape.register(_Gauges(self._gauges(info, stats, adapter_names)))
+        scrape.register(_Gauges(self._gauges(info, stats, residency)))
         return generate_latest(self._registry) + generate_latest(scrape), CONTENT_TYPE_PLAIN_0_0_4
 
     def _gauges(
-        self, info: EngineInfo | None, stats: EngineStats | None, adapter_names: Names
+        self, info: EngineInfo | None, stats: EngineStats | None, residency: Residency
     ) -> list[GaugeMetricFamily]:
-        gauges: list[GaugeMetricFamily] = []
+        gauges = [self._registered(residency)]
         if info is not None:
             gauges.append(self._cache_config(info))
         if stats is not None:
@@ -135,11 +131,12 @@ class Metrics:
             gauges.append(self._gauge("num_requests_waiting", "Sequences waiting.", stats.waiting))
             gauges.append(self._gauge("kv_cache_usage_perc", "1 means full.", usage))
         if info is not None and stats is not None:
-            gauges.append(self._lora_requests(info, stats, adapter_names))
+            gauges.append(self._lora_requests(info, stats, residency))
+            gauges.append(self._lora_loaded(residency))
         return gauges
 
     def _lora_requests(
-        self, info: EngineInfo, stats: EngineStats, adapter_names: Names
+        self, info: EngineInfo, stats: EngineStats, residency: Residency
     ) -> GaugeMetricFamily:
         """Gateway API's reading: "running" is on the device, "waiting" is asked for and is not."""
         waiting = [one for one in self._requested if one not in stats.device_adapters]
@@ -148,9 +145,26 @@ class Metrics:
             "Adapters on the device and waited for; the value is the time of this scrape.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        running = ",".join(adapter_names(stats.device_adapters))
-        waited = ",".join(adapter_names(waiting))
+        running = ",".join(residency.names(stats.device_adapters))
+        waited = ",".join(residency.names(waiting))
         family.add_metric((str(info.adapter_slots), running, waited), time())
+        return family
+
+    def _lora_loaded(self, residency: Residency) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "Adapters in device (gpu) and host (cpu) memory, used or not; the value is always 1.",
+            labels=("adapter_name", "level", "pinned"),
+        )
+        for each in residency.loaded():
+            family.add_metric((each.name, each.level, str(each.pinned).lower()), 1)
+        return family
+
+    def _registered(self, residency: Residency) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "deltamux:adapters_registered", "Names of adapters.", labels=("model_name",)
+        )
+        family.add_metric((self._model_name,), len(residency.registry.catalog))
         return family
 
     def _cache_config(self, info: EngineInfo) -> GaugeMetricFamily:

@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import uvicorn
+from sqlalchemy import Engine
 
-from ..adapters.errors import AdapterError
-from ..adapters.files import is_adapter_folder
 from .api.app import create_app
-from .api.registry import AdapterRegistry, AlreadyLoaded, RegistryError
-from .api.state import AppState
+from .api.state import AppState, Limits
 from .config import ServeConfig
 from .engine.client import EngineClient, EngineListener
 from .engine.config import EngineConfig
@@ -23,12 +21,34 @@ from .engine.errors import EngineError
 from .metrics import Metrics
 from .model.errors import ModelError
 from .model.source import resolve_model
+from .state.database import StateError, open_database
+from .store.archives import ArchiveLimits
+from .store.contents import ContentStore
+from .store.folders import Declared, DeclaredAdapters, DeclaredRefused
+from .store.intake import Intake
+from .store.records import Records
+from .store.registry import AdapterRegistry
+from .store.sources import SourcePolicy
 from .text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 5
 """How long open streams may go on after the signal to stop."""
+
+
+_CANNOT_START = (
+    ModelError,
+    TokenizerError,
+    EngineError,
+    StateError,
+    DeclaredRefused,
+    OSError,
+)
+
+
+_SHOWN = 20
+"""Adapters that are named when the server is ready."""
 
 
 class ServeError(Exception):
@@ -42,14 +62,17 @@ def run(config: ServeConfig) -> None:
         ServeError: The model, an ``--adapter`` or the address cannot be served.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("alembic", "watchfiles"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # uvicorn raises the signal again when it has ended; by default that ends the process before
     # the engine is.
     signal.signal(signal.SIGTERM, _exit)
     try:
         listener = _bind(config.host, config.port)
         folder = resolve_model(config.model, config.state_dir)
-        asyncio.run(_serve(config, folder, listener))
-    except (ModelError, TokenizerError, EngineError, OSError) as error:
+        with open_database(config.state_dir) as database:
+            asyncio.run(_serve(config, folder, listener, database))
+    except _CANNOT_START as error:
         raise ServeError(str(error)) from error
 
 
@@ -57,13 +80,24 @@ def _exit(*_: object) -> None:
     raise SystemExit(0)
 
 
-async def _serve(config: ServeConfig, folder: Path, listener: socket.socket) -> None:
+async def _serve(
+    config: ServeConfig, folder: Path, listener: socket.socket, database: Engine
+) -> None:
     metrics = Metrics(config.served_model_name)
     engine = EngineClient(_engine_config(config, folder), config.max_waiting)
-    registry = AdapterRegistry(config.served_model_name, engine)
-    async with _running(engine, EngineListener(metrics.step, registry.lose)):
+    registry = _registry(config, engine, database)
+    declared = DeclaredAdapters(_declared(config), registry)
+    async with _running(engine, _listener(metrics, registry)), _opened(config, registry):
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
-        state = AppState(engine, tokenizer, registry, metrics, model_root=str(folder))
+        state = AppState(
+            engine,
+            tokenizer,
+            registry,
+            metrics,
+            model_root=str(folder),
+            limits=Limits(max_upload_bytes=config.max_upload_size),
+            policy=SourcePolicy(config.adapter_sources),
+        )
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(state),
@@ -72,23 +106,68 @@ async def _serve(config: ServeConfig, folder: Path, listener: socket.socket) -> 
                 timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             )
         )
-        starting = asyncio.create_task(_start_up(config, engine, state, listener))
+        starting = asyncio.create_task(_start_up(config, engine, state, declared, listener))
         starting.add_done_callback(lambda task: _stop_if_failed(task, server))
         await server.serve(sockets=[listener])
         if starting.done():
             starting.result()
         else:
-            # A signal came first.
             starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+
+
+def _registry(config: ServeConfig, engine: EngineClient, database: Engine) -> AdapterRegistry:
+    contents = ContentStore(config.state_dir / "adapters")
+    intake = Intake(contents, ArchiveLimits(config.max_adapter_size), config.copy_adapters)
+    records = Records(database, config.served_model_name, contents)
+    return AdapterRegistry(
+        config.served_model_name, engine, records, intake, config.adapter_versions
+    )
+
+
+def _declared(config: ServeConfig) -> Declared:
+    return Declared(config.adapters, config.adapter_dirs)
+
+
+def _listener(metrics: Metrics, registry: AdapterRegistry) -> EngineListener:
+    return EngineListener(
+        on_stats=metrics.step,
+        on_host_changes=registry.residents.host_changed,
+        on_ready=registry.residents.engine_ready,
+        on_down=registry.residents.engine_down,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _opened(config: ServeConfig, registry: AdapterRegistry) -> AsyncIterator[None]:
+    """The registry with what was registered before, written back when the block is left."""
+    await registry.open(_declared(config).origins)
+    writing = asyncio.create_task(registry.write_usage(), name="adapter-usage")
+    try:
+        yield
+    finally:
+        writing.cancel()
+        await registry.close()
 
 
 async def _start_up(
-    config: ServeConfig, engine: EngineClient, state: AppState, listener: socket.socket
+    config: ServeConfig,
+    engine: EngineClient,
+    state: AppState,
+    declared: DeclaredAdapters,
+    listener: socket.socket,
 ) -> None:
+    """Make everything ready, then follow the adapters' folders."""
     await engine.ready()
-    await _register_adapters(config, state.registry)
-    state.started.set()
-    _say_ready(config, listener, state)
+    # Watched first, so that nothing is missed that changes while they are read.
+    watching = asyncio.create_task(declared.watch(), name="adapter-folders")
+    try:
+        await declared.register()
+        state.started.set()
+        _say_ready(config, listener, state)
+        await watching
+    finally:
+        watching.cancel()
 
 
 def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> None:
@@ -138,32 +217,12 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _register_adapters(config: ServeConfig, registry: AdapterRegistry) -> None:
-    """All named adapters, of which each must be good; then those of the folders."""
-    for name, path in config.adapters:
-        try:
-            await registry.load(name, str(path.resolve()))
-        except (AdapterError, RegistryError) as error:
-            raise ServeError(f"--adapter {name}={path}: {error}") from error
-    for folder in config.adapter_dirs:
-        for path in sorted(path for path in folder.iterdir() if is_adapter_folder(path)):
-            await _register(path, registry)
-
-
-async def _register(path: Path, registry: AdapterRegistry) -> None:
-    try:
-        entry = await registry.register(path.name, str(path.resolve()))
-    except AlreadyLoaded as error:
-        logger.warning("the adapter at %s is not served: %s", path, error)
-    else:
-        if entry.error is not None:
-            logger.warning("adapter %s is not served: %s", entry.name, entry.error)
-
-
 def _say_ready(config: ServeConfig, listener: socket.socket, state: AppState) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    served = [entry.name for entry in state.registry.entries() if entry.error is None]
+    adapters = state.registry.catalog.all()
+    served = [adapter.name for adapter in adapters if adapter.default is not None]
+    shown = ", ".join(served[:_SHOWN]) + (", ..." if len(served) > _SHOWN else "")
     route = "completions"
     question: dict[str, object] = {"prompt": "To make tea, "}
     if state.tokenizer.has_chat_template:
@@ -172,7 +231,7 @@ def _say_ready(config: ServeConfig, listener: socket.socket, state: AppState) ->
     body = {"model": [*served, state.model_name][0], "stream": True, "max_tokens": 60, **question}
     print(  # noqa: T201  # the one line a person at the terminal, or a script, waits for
         f"deltamux serves {config.served_model_name} with {len(served)} adapters "
-        f"({', '.join(served) or 'none'}); ready on {url}\n\n"
+        f"({shown or 'none'}); ready on {url}\n\n"
         f"  curl -N {url}/v1/{route} -H 'Content-Type: application/json' -d "
         f"'{json.dumps(body)}'\n",
         flush=True,

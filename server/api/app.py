@@ -16,7 +16,11 @@ def create_app(state: AppState) -> FastAPI:
     app.state.api = state
     errors.install(app)
     app.add_exception_handler(ClientGone, answer_gone_client)
-    app.add_middleware(BodyLimit, max_bytes=state.limits.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=state.limits.max_body_bytes,
+        max_upload_bytes=state.limits.max_upload_bytes,
+    )
     for module in (completions, chat, models, tokenize, adapters, health):
         app.include_router(module.router)
     return app

@@ -32,7 +32,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", dependencies=[json_only])
 async def create_chat_completion(body: ChatBody, request: Request, state: State) -> Response:
     """Add the model's turn to a conversation."""
-    check_adapters(body, state)
+    await check_adapters(body, state)
     check_sequences(body, 1, state)
     prompt = await chat_prompt(body, state)
     job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs)

@@ -22,7 +22,7 @@ router = APIRouter()
 @router.post("/v1/completions", dependencies=[json_only])
 async def create_completion(body: CompletionBody, request: Request, state: State) -> Response:
     """Continue one or more prompts."""
-    check_adapters(body, state)
+    await check_adapters(body, state)
     prompts = await completion_prompts(body, state)
     job = make_job("cmpl", body, prompts, state, _prompt_logprobs(body))
     source = deltas(job, state)

@@ -3,29 +3,9 @@
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from ..engine.messages import AdapterInfo, EngineInfo, EngineStats
+from ..engine.messages import EngineInfo, EngineStats
 from ..generation import GenerationRequest, SequenceUpdate
-
-
-class AdapterPort(Protocol):
-    """Loading and unloading of adapters."""
-
-    async def load_adapter(self, adapter_id: int, path: str, digest: str | None) -> AdapterInfo:
-        """Bring the adapter into host memory.
-
-        Raises:
-            AdapterError: It is refused.
-            EngineError: The engine is not there to load it.
-        """
-        ...
-
-    async def unload_adapter(self, adapter_id: int) -> None:
-        """Return once nothing of the adapter is left in the engine.
-
-        Raises:
-            EngineError: The engine is not there, and with it the adapter.
-        """
-        ...
+from ..store.residents import AdapterPort
 
 
 class EnginePort(AdapterPort, Protocol):

@@ -3,7 +3,7 @@
 ApiError (a starlette HTTPException, so that it passes through framework code unchanged)
 ├── InvalidRequest      400  the body is wrong; ``param`` names the field
 ├── InvalidUserInput    400  vLLM's name for a wrong load or unload
-├── ManagementForbidden 403  management from another machine
+├── ManagementForbidden 403  management from another machine, or a source that is not allowed
 ├── NotFound            404  unknown model, adapter or path
 ├── MethodNotAllowed    405
 ├── BodyTooLarge        413  a body over the limit
@@ -11,10 +11,12 @@ ApiError (a starlette HTTPException, so that it passes through framework code un
 ├── TooManyRequests     429  the queue is full
 ├── InternalError       500  the engine gave a sequence up
 ├── NotServed           501  a route of a later release
-└── ServiceUnavailable  503  the engine is down
+├── BadGateway          502  a source of adapters does not answer as it should
+└── ServiceUnavailable  503  the engine is down, or an adapter cannot be loaded now
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,7 +27,14 @@ from starlette.responses import JSONResponse
 from ...adapters.errors import AdapterError, AdapterNotFound
 from ..composition import CompositionRefused
 from ..engine.errors import EngineError, QueueFull
-from .registry import RegistryError, StillLoading, UnknownAdapter, UnknownModel
+from ..store.errors import (
+    AdapterUnavailable,
+    FetchFailed,
+    RegistryError,
+    SourceForbidden,
+    UnknownAdapter,
+    UnknownModel,
+)
 
 _MAX_MESSAGE = 1000
 _MAX_PARAM = 100
@@ -64,7 +73,7 @@ class InvalidUserInput(ApiError):
 
 
 class ManagementForbidden(ApiError):
-    """Adapter management from another machine."""
+    """Adapter management from another machine, or a source that is not allowed."""
 
     status = 403
     kind = "PermissionDeniedError"
@@ -116,8 +125,15 @@ class NotServed(ApiError):
     kind = "NotImplementedError"
 
 
+class BadGateway(ApiError):
+    """A source of adapters does not answer as it should."""
+
+    status = 502
+    kind = "BadGatewayError"
+
+
 class ServiceUnavailable(ApiError):
-    """The engine is down."""
+    """The engine is down, or an adapter cannot be loaded now."""
 
     status = 503
     kind = "ServiceUnavailableError"
@@ -153,13 +169,20 @@ def from_validation(error: RequestValidationError) -> InvalidRequest:
 
 def from_registry(error: RegistryError) -> ApiError:
     """The answer for a name that cannot be used as asked."""
-    if isinstance(error, UnknownModel):
-        return NotFound(str(error), "model")
-    if isinstance(error, StillLoading):
-        return ServiceUnavailable(str(error), "model", headers={"Retry-After": "1"})
-    return (
-        NotFound(str(error)) if isinstance(error, UnknownAdapter) else InvalidUserInput(str(error))
-    )
+    message = str(error)
+    match error:
+        case UnknownModel():
+            return NotFound(message, "model")
+        case AdapterUnavailable():
+            seconds = str(ceil(error.retry_after))
+            return ServiceUnavailable(message, "model", headers={"Retry-After": seconds})
+        case UnknownAdapter():
+            return NotFound(message)
+        case SourceForbidden():
+            return ManagementForbidden(message, "source")
+        case FetchFailed():
+            return BadGateway(message, "source")
+    return InvalidUserInput(message)
 
 
 def from_adapter(error: AdapterError) -> ApiError:

@@ -14,13 +14,13 @@ from ..composition import Composable, check_room
 from ..engine.messages import EngineInfo
 from ..generation import GenerationRequest, TokenLogprobs
 from ..scheduler.limits import longest_sequence
+from ..store.leases import ModelChoice
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
 from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
 from .protocol import GenerationBody
-from .registry import ModelChoice
 from .sampling import check_token_ids, max_new_tokens, sampling_params
 from .state import AppState
 
@@ -49,15 +49,17 @@ class Job:
         return self.chosen.model
 
 
-def check_adapters(body: GenerationBody, state: AppState) -> None:
-    """Refuse a model, or a combination of adapters, that is not served.
+async def check_adapters(body: GenerationBody, state: AppState) -> None:
+    """Refuse a model, or a combination of adapters, that is not served; fetch what is not here yet.
 
     Raises:
-        RegistryError: As ``AdapterRegistry.select``.
+        RegistryError: As ``AdapterRegistry.prepare`` and ``Leases.select``.
         CompositionRefused: The adapters cannot be combined, or take too much together.
         EngineUnavailable: The engine is down.
     """
-    adapters = _composables(_choice(body), state)
+    choice = _choice(body)
+    await state.registry.prepare(choice)
+    adapters = _composables(choice, state)
     if adapters:
         check_room(adapters, state.require_info().adapter_room)
 
@@ -67,8 +69,7 @@ def _choice(body: GenerationBody) -> ModelChoice:
 
 
 def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
-    selected = state.registry.select(chosen)
-    return [entry.info.composable for entry, _ in selected if entry.info is not None]
+    return [each.version.info.composable for each in state.registry.leases.select(chosen)]
 
 
 def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo) -> int:
@@ -122,10 +123,11 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
 
     Raises:
         UnknownModel: The model is gone since the request was checked.
+        AdapterUnavailable: An adapter cannot be loaded now.
         EngineError: As ``EnginePort.generate``.
         ApiError: As ``stream_choice``.
     """
-    with state.registry.lease(job.chosen) as adapters:
+    async with state.registry.leases.lease(job.chosen) as adapters:
         streams = [stream_choice(choice, adapters, state) for choice in job.choices]
         async with aclosing(merge(streams)) as merged:
             async for delta in merged:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from ..engine.errors import EngineUnavailable
+from ..store.residency import Residency
 from .errors import NotServed
 from .state import State
 
@@ -42,7 +43,7 @@ async def usage() -> None:
 @router.get("/metrics")
 async def metrics(state: State) -> Response:
     """Prometheus' text format."""
-    content, content_type = state.metrics.render(
-        state.engine.info, state.engine.stats, state.registry.names
-    )
+    stats = state.engine.stats
+    residency = Residency(state.registry, () if stats is None else stats.device_adapters)
+    content, content_type = state.metrics.render(state.engine.info, stats, residency)
     return Response(content, media_type=content_type)

@@ -1,35 +1,41 @@
-"""``GET /v1/models``: the base and every adapter that is ready."""
+"""``GET /v1/models``: the base and every adapter that has a version."""
 
+import msgspec
 from fastapi import APIRouter
+from starlette.responses import Response
 
-from .registry import AdapterEntry, AdapterState
+from ..store.entries import Adapter
 from .state import AppState, State
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(state: State) -> dict[str, object]:
+async def list_models(state: State) -> Response:
     """All models a request may name."""
-    ready = [entry for entry in state.registry.entries() if entry.state is AdapterState.READY]
-    return {"object": "list", "data": [_card(state, None), *(_card(state, e) for e in ready)]}
+    served = [each for each in state.registry.catalog.all() if each.default is not None]
+    data = [_card(state, None), *(_card(state, each) for each in served)]
+    # Encoded here: there may be ten thousand, and the framework would look at each field.
+    content = msgspec.json.encode({"object": "list", "data": data})
+    return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, state: State) -> dict[str, object]:
     """One model, under any name a request may use for it."""
-    return _card(state, state.registry.resolve(model))
+    chosen = state.registry.catalog.resolve(model)
+    return _card(state, None if chosen is None else chosen.adapter)
 
 
-def _card(state: AppState, entry: AdapterEntry | None) -> dict[str, object]:
+def _card(state: AppState, adapter: Adapter | None) -> dict[str, object]:
     info = state.engine.info
     return {
-        "id": state.model_name if entry is None else entry.name,
+        "id": state.model_name if adapter is None else adapter.name,
         "object": "model",
-        "created": state.created if entry is None else entry.created,
+        "created": state.created if adapter is None else adapter.created,
         "owned_by": "deltamux",
-        "root": state.model_root if entry is None else entry.path,
-        "parent": None if entry is None else state.model_name,
+        "root": state.model_root if adapter is None else adapter.source,
+        "parent": None if adapter is None else state.model_name,
         "max_model_len": None if info is None else info.max_model_len,
         "permission": [],
     }

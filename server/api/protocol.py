@@ -368,25 +368,3 @@ class DetokenizeBody(Body):
 
     model: Text | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-class AdapterBody(Body):
-    """``POST /v1/adapters``."""
-
-    name: str
-    path: str
-
-
-class LoadLoraBody(Body):
-    """vLLM's ``POST /v1/load_lora_adapter``."""
-
-    lora_name: str = ""
-    lora_path: str = ""
-    load_inplace: bool = False
-
-
-class UnloadLoraBody(Body):
-    """vLLM's ``POST /v1/unload_lora_adapter``."""
-
-    lora_name: str = ""
-    lora_int_id: int | None = Field(default=None, ge=0, le=_INT64_MAX)

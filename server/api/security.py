@@ -2,6 +2,7 @@
 
 import re
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from starlette.responses import JSONResponse
@@ -10,13 +11,39 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import BodyTooLarge, ManagementForbidden, UnsupportedMedia
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::[0-9]{1,5})?")
+_FORM = "multipart/form-data"
+_UPLOADS = "/v1/adapters"
 
 
-def _require_json(request: Request) -> None:
+def require_json(request: Request) -> None:
+    """Refuse a body that does not say it is JSON.
+
+    Raises:
+        UnsupportedMedia: It does not.
+    """
     # A web page can send a body of another type to a loopback port without asking first.
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if _media_type(request.headers.get("content-type", "")) != "application/json":
         raise UnsupportedMedia("Send the body with 'Content-Type: application/json'.")
+
+
+def is_upload(request: Request) -> bool:
+    """Whether the body is a form with files."""
+    return _media_type(request.headers.get("content-type", "")) == _FORM
+
+
+def require_own_page(request: Request) -> None:
+    """Refuse a form that a web page of another server sends, which it may without asking first.
+
+    Raises:
+        ManagementForbidden: The browser says so.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise ManagementForbidden(f"Adapters are not taken from the web page {origin}.")
+
+
+def _media_type(header: str) -> str:
+    return header.partition(";")[0].strip().lower()
 
 
 def _require_loopback(request: Request) -> None:
@@ -45,44 +72,55 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-json_only = Depends(_require_json)
+json_only = Depends(require_json)
 loopback_only = Depends(_require_loopback)
 
 
 class BodyLimit:
-    """Refuses bodies over a size, by their announced length or as soon as they exceed it."""
+    """Refuses bodies over a size, by their announced length or as soon as they exceed it.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Forms with files have a limit of their own where adapters are uploaded.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
         """Guard ``app``."""
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request whose body is small enough."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._announced(scope) > self._max_bytes:
-            error = self._refusal()
+        most = self._limit(scope)
+        if self._announced(scope) > most:
+            error = self._refusal(most)
             await JSONResponse(error.body(), error.status_code)(scope, receive, send)
             return
-        await self._app(scope, self._counting(receive), send)
+        await self._app(scope, self._counting(receive, most), send)
 
-    def _counting(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive, most: int) -> Receive:
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._refusal()
+            if received > most:
+                raise self._refusal(most)
             return message
 
         return counted
 
-    def _refusal(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body is larger than {self._max_bytes} bytes.")
+    def _limit(self, scope: Scope) -> int:
+        kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+        form = bool(kinds) and _media_type(kinds[0].decode("latin-1")) == _FORM
+        return self._max_upload_bytes if form and scope["path"] == _UPLOADS else self._max_bytes
+
+    @staticmethod
+    def _refusal(most: int) -> BodyTooLarge:
+        return BodyTooLarge(f"The body is larger than {most} bytes.")
 
     @staticmethod
     def _announced(scope: Scope) -> int:

@@ -10,9 +10,12 @@ from fastapi import Depends, Request
 from ..engine.errors import EngineUnavailable
 from ..engine.messages import EngineInfo
 from ..metrics import Metrics
+from ..store.registry import AdapterRegistry
+from ..store.sources import SourcePolicy
 from ..text.tokenizer import Tokenizer
 from .engine_port import EnginePort
-from .registry import AdapterRegistry
+
+_POLICY = SourcePolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,14 @@ class Limits:
 
     Attributes:
         max_body_bytes: Larger bodies are refused while they are read.
+        max_upload_bytes: The same for uploaded archives.
         max_sequences: Prompts times choices of one request.
         inline_characters: Texts up to this length are tokenized on the event loop; longer ones
             would hold up other streams and go to a thread.
     """
 
     max_body_bytes: int = 16 * 2**20
+    max_upload_bytes: int = 2 * 2**30
     max_sequences: int = 1024
     inline_characters: int = 4096
 
@@ -42,6 +47,7 @@ class AppState:
         metrics: What ``/metrics`` shows.
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
+        policy: Where callers may have adapters loaded from.
         created: Unix time the server started.
         started: Set once the adapters named at start are loaded.
     """
@@ -52,13 +58,14 @@ class AppState:
     metrics: Metrics
     model_root: str
     limits: Limits = Limits()
+    policy: SourcePolicy = _POLICY
     created: int = field(default_factory=lambda: int(time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def model_name(self) -> str:
         """The name the base is served under."""
-        return self.registry.base_name
+        return self.registry.catalog.base_name
 
     def require_info(self) -> EngineInfo:
         """What the engine runs.

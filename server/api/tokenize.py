@@ -47,4 +47,4 @@ async def _token_ids(body: TokenizeBody, state: AppState) -> list[int]:
 
 def _check_model(model: str | None, state: AppState) -> None:
     if model is not None:
-        state.registry.resolve(model)
+        state.registry.catalog.resolve(model)

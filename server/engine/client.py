@@ -31,7 +31,9 @@ from .messages import (
     EngineInfo,
     EngineStats,
     Event,
+    HostChanges,
     LoadAdapter,
+    PinAdapter,
     Shutdown,
     StepOutputs,
     Submit,
@@ -64,17 +66,15 @@ class EngineListener:
 
     Attributes:
         on_stats: Gets every report.
-        on_adapter_lost: Gets an adapter that a restarted engine refuses, and why.
+        on_host_changes: Gets what came to host memory and what left it.
+        on_ready: Called for every engine that becomes ready; it knows no adapter yet.
+        on_down: Called for every engine that ends.
     """
 
     on_stats: Callable[[EngineStats], None]
-    on_adapter_lost: Callable[[int, AdapterError], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Registered:
-    path: str
-    digest: str
+    on_host_changes: Callable[[HostChanges], None]
+    on_ready: Callable[[], None]
+    on_down: Callable[[], None]
 
 
 class EngineClient:
@@ -91,7 +91,6 @@ class EngineClient:
         self._max_in_flight = config.max_num_seqs + max_waiting
         self._listener: EngineListener | None = None
         self._live: dict[str, _Live] = {}
-        self._registered: dict[int, _Registered] = {}
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._unloads: dict[int, asyncio.Future[None]] = {}
         self._connection: Connection | None = None
@@ -163,7 +162,7 @@ class EngineClient:
                 self._try_send(Abort([request.request_id]))
 
     async def load_adapter(self, adapter_id: int, path: str, digest: str | None) -> AdapterInfo:
-        """Load an adapter and keep it registered, also with engines started later.
+        """Load an adapter and keep it registered with the engine that runs now.
 
         Raises:
             AdapterError: The adapter is refused.
@@ -174,18 +173,15 @@ class EngineClient:
         self._send(LoadAdapter(adapter_id, path, digest))
         self._loads[adapter_id] = loaded
         try:
-            info = await loaded
+            return await loaded
         except asyncio.CancelledError:
             self._try_send(UnloadAdapter(adapter_id))
             raise
         finally:
             del self._loads[adapter_id]
-        self._registered[adapter_id] = _Registered(path, info.digest)
-        return info
 
     async def unload_adapter(self, adapter_id: int) -> None:
         """Forget an adapter; returns once its last request has ended and nothing of it is left."""
-        self._registered.pop(adapter_id, None)
         if self._connection is None or self._info is None:
             return
         unloaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -195,6 +191,10 @@ class EngineClient:
             await unloaded
         finally:
             del self._unloads[adapter_id]
+
+    def pin_adapter(self, adapter_id: int, pinned: bool) -> None:
+        """Keep a loaded adapter in memory while no request uses it, or stop to."""
+        self._try_send(PinAdapter(adapter_id, pinned))
 
     def _admit(self, request: GenerationRequest) -> _Live:
         if len(self._live) >= self._max_in_flight:
@@ -238,6 +238,7 @@ class EngineClient:
                 finally:
                     was_ready = self._info is not None
                     self._connection = self._process = self._info = self._stats = None
+                    self._tell(lambda listener: listener.on_down())
                     self._fail_everything(self._failure or _NO_REASON)
         return was_ready
 
@@ -277,9 +278,11 @@ class EngineClient:
                 unload = self._unloads.get(event.adapter_id)
                 if unload is not None and not unload.done():
                     unload.set_result(None)
+            case HostChanges():
+                self._tell(lambda listener: listener.on_host_changes(event))
             case EngineInfo():
                 self._info = event
-                self._register_again()
+                self._tell(lambda listener: listener.on_ready())
                 if not self._first_ready.done():
                     self._first_ready.set_result(None)
             case EngineFailed():
@@ -296,24 +299,16 @@ class EngineClient:
 
     def _settle_load(self, adapter_id: int, outcome: AdapterInfo | AdapterError) -> None:
         load = self._loads.get(adapter_id)
+        if load is None or load.done():
+            return
         if isinstance(outcome, AdapterError):
-            lost = self._registered.pop(adapter_id, None)
-            if lost is not None:
-                logger.error("adapter %s is lost after a restart: %s", lost.path, outcome)
-                self._tell(lambda listener: listener.on_adapter_lost(adapter_id, outcome))
-            elif load is not None and not load.done():
-                load.set_exception(outcome)
-        elif load is not None and not load.done():
+            load.set_exception(outcome)
+        else:
             load.set_result(outcome)
 
     def _tell(self, what: Callable[[EngineListener], None]) -> None:
         if self._listener is not None:
             what(self._listener)
-
-    def _register_again(self) -> None:
-        """Tell a restarted engine of every adapter that the last one had."""
-        for adapter_id, adapter in self._registered.items():
-            self._send(LoadAdapter(adapter_id, adapter.path, adapter.digest))
 
     def _fail_everything(self, reason: str) -> None:
         for live in self._live.values():

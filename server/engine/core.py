@@ -31,7 +31,9 @@ from .messages import (
     AdapterUnloaded,
     EngineStats,
     Event,
+    HostChanges,
     LoadAdapter,
+    PinAdapter,
     StepOutputs,
     Submit,
     UnloadAdapter,
@@ -105,7 +107,7 @@ class Engine:
         """Whether a step would do anything."""
         return self._scheduler.has_work
 
-    def handle(self, command: Submit | Abort | LoadAdapter | UnloadAdapter) -> None:
+    def handle(self, command: Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter) -> None:
         """Take one command; its answer comes with ``drain``."""
         self._stats_stale = True
         match command:
@@ -119,6 +121,8 @@ class Engine:
                 self._host.register(command.adapter_id, Path(command.path), command.digest)
             case UnloadAdapter():
                 self._unload(command.adapter_id)
+            case PinAdapter():
+                self._pin(command.adapter_id, command.pinned)
         self._gather()
 
     def take_loads(self) -> None:
@@ -152,6 +156,9 @@ class Engine:
     def drain(self) -> list[Event]:
         """Everything to tell the HTTP process since the last call."""
         events, self._events = self._events, []
+        change = self._host.changes()
+        if change is not None:
+            events.append(HostChanges(change.added, change.dropped))
         if self._stats_stale:
             updates, self._updates = self._updates, []
             events.append(StepOutputs(updates, self._stats()))
@@ -259,6 +266,16 @@ class Engine:
         self._host.forget(adapter_id)
         del self._registrations[adapter_id]
         self._events.append(AdapterRefused(adapter_id, type(error).__name__, str(error)))
+
+    def _pin(self, adapter_id: int, pinned: bool) -> None:
+        """Pin in every tier that can; an adapter that went meanwhile needs no pin."""
+        registration = self._registrations.get(adapter_id)
+        if registration is None or registration.unloading:
+            return
+        if pinned:
+            self._host.pin(adapter_id)
+        else:
+            self._host.unpin(adapter_id)
 
     def _unload(self, adapter_id: int) -> None:
         if adapter_id in self._registrations:

@@ -4,6 +4,10 @@ An adapter is *ready* while its lowered form is in host memory, and *held* while
 there. Over the budget, the least recently used ready adapters that are not held are dropped; their
 files stay registered and are read again, against the same digest, when a request asks for them. A
 load waits while held adapters leave no room for it.
+
+A *pinned* adapter stays, and other loads wait for held ones to go rather than for it. Only where
+waiting could have no end does it make way, and comes back when there is room again: for an adapter
+that does not fit beside the pinned ones, and for those of one request that needs several.
 """
 
 import os
@@ -31,6 +35,14 @@ class LoadResult:
     outcome: LoweredAdapter | AdapterError
 
 
+@dataclass(frozen=True, slots=True)
+class HostChange:
+    """Adapters that came to host memory and that left it."""
+
+    added: list[int]
+    dropped: list[int]
+
+
 @dataclass(slots=True)
 class _Source:
     """Where an adapter comes from; digest and size are known once it has been loaded."""
@@ -55,6 +67,10 @@ class HostTier:
         self._ready: OrderedDict[int, LoweredAdapter] = OrderedDict()
         self._ready_bytes = 0
         self._holders: Counter[int] = Counter()
+        self._pinned: set[int] = set()
+        self._urgent: set[int] = set()
+        self._changed: dict[int, bool] = {}
+        """Of adapters that came or went since the last report: whether they were there before."""
         self._pending: deque[int] = deque()
         self._loading: set[int] = set()
         self._loader = _Loader(lower)
@@ -86,6 +102,24 @@ class HostTier:
             del self._holders[adapter_id]
             self._make_room()
             self._start_loads()
+            self._bring_back()
+
+    def pin(self, adapter_id: int) -> None:
+        """Keep the adapter, which is registered, in host memory; it is loaded if need be."""
+        self._pinned.add(adapter_id)
+        self._bring_back()
+
+    def unpin(self, adapter_id: int) -> None:
+        """Treat the adapter like any other again."""
+        self._pinned.discard(adapter_id)
+        self._start_loads()
+
+    def changes(self) -> HostChange | None:
+        """What came and went since the last call, None where nothing did."""
+        changed, self._changed = self._changed, {}
+        added = [one for one, before in changed.items() if not before and one in self._ready]
+        dropped = [one for one, before in changed.items() if before and one not in self._ready]
+        return HostChange(added, dropped) if added or dropped else None
 
     def is_ready(self, adapter_id: int) -> bool:
         """Whether the adapter is in host memory."""
@@ -114,13 +148,17 @@ class HostTier:
             self._drop(adapter_id)
         if adapter_id in self._pending:
             self._pending.remove(adapter_id)
+        self._pinned.discard(adapter_id)
+        self._urgent.discard(adapter_id)
 
     def completed(self) -> list[LoadResult]:
         """Loads that ended since the last call, taken in, save those of forgotten adapters."""
         ended = self._loader.ended()
         results = [self._take_in(result) for result in ended if result.adapter_id in self._sources]
         if ended:
-            self._loading.difference_update(result.adapter_id for result in ended)
+            over = {result.adapter_id for result in ended}
+            self._loading -= over
+            self._urgent -= over
             self._make_room()
             self._start_loads()
         return results
@@ -131,12 +169,14 @@ class HostTier:
 
     def _take_in(self, result: LoadResult) -> LoadResult:
         source, adapter = self._sources[result.adapter_id], result.outcome
+        if isinstance(adapter, LoweredAdapter):
+            refusal = self._refusal(source, adapter)
+            adapter = adapter if refusal is None else refusal
         if isinstance(adapter, AdapterError):
-            return result
-        refusal = self._refusal(source, adapter)
-        if refusal is not None:
-            return LoadResult(result.adapter_id, refusal)
+            self._pinned.discard(result.adapter_id)  # or it would be read again and again
+            return LoadResult(result.adapter_id, adapter)
         source.digest, source.num_bytes = adapter.digest, adapter.num_bytes
+        self._changed.setdefault(result.adapter_id, False)
         self._ready[result.adapter_id] = adapter
         self._ready_bytes += adapter.num_bytes
         return result
@@ -158,6 +198,7 @@ class HostTier:
         if adapter_id in self._loading:
             return
         if first:
+            self._urgent.add(adapter_id)
             if adapter_id in self._pending:
                 self._pending.remove(adapter_id)
             self._pending.appendleft(adapter_id)
@@ -169,11 +210,12 @@ class HostTier:
         """Hand pending loads to the loader, in order, while what is held leaves room for them."""
         if not self._pending:
             return
-        taken = sum(self._ready[held].num_bytes for held in self._holders if held in self._ready)
+        taken = self._held_bytes()
         taken += sum(self._sources[one].num_bytes for one in self._loading if one in self._sources)
         while self._pending:
             source = self._sources[self._pending[0]]
-            if taken and taken + source.num_bytes > self._budget:
+            pinned = 0 if self._pending[0] in self._urgent else self._idle_pinned_bytes()
+            if taken and taken + pinned + source.num_bytes > self._budget:
                 return
             taken += source.num_bytes
             adapter_id = self._pending.popleft()
@@ -184,12 +226,32 @@ class HostTier:
         """Drop ready adapters that nothing holds, least recently used first, down to the budget."""
         if self._ready_bytes <= self._budget:
             return
-        for adapter_id in [one for one in self._ready if not self.is_held(one)]:
+        idle = [one for one in self._ready if not self.is_held(one)]
+        for adapter_id in sorted(idle, key=self._pinned.__contains__):
             self._drop(adapter_id)
             if self._ready_bytes <= self._budget:
                 return
 
+    def _idle_pinned_bytes(self) -> int:
+        idle = (one for one in self._pinned if one in self._ready and not self.is_held(one))
+        return sum(self._ready[one].num_bytes for one in idle)
+
+    def _bring_back(self) -> None:
+        """Ask for pinned adapters that are not there, as far as they fit beside what must stay."""
+        missing = sorted(self._pinned - self._ready.keys() - self._loading)
+        if self._pending or not missing:
+            return
+        room = self._budget - self._idle_pinned_bytes() - self._held_bytes()
+        for adapter_id in missing:
+            room -= self._sources[adapter_id].num_bytes
+            if room >= 0:
+                self._ask_for(adapter_id)
+
+    def _held_bytes(self) -> int:
+        return sum(self._ready[held].num_bytes for held in self._holders if held in self._ready)
+
     def _drop(self, adapter_id: int) -> None:
+        self._changed.setdefault(adapter_id, True)
         self._ready_bytes -= self._ready.pop(adapter_id).num_bytes
 
 

@@ -35,11 +35,18 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     adapter_id: int
 
 
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Keep the adapter in memory also while no request uses it, or stop to; loaded if need be."""
+
+    adapter_id: int
+    pinned: bool
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the process."""
 
 
-Command = Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
+Command = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
@@ -92,6 +99,13 @@ class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
     adapter_id: int
 
 
+class HostChanges(msgspec.Struct, frozen=True, tag=True):
+    """Adapters that came to host memory and that left it, since the last of these."""
+
+    added: list[int]
+    dropped: list[int]
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """Gauges (the first four and ``device_adapters``), and counts since the last report."""
 
@@ -119,4 +133,12 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = EngineInfo | AdapterLoaded | AdapterRefused | AdapterUnloaded | StepOutputs | EngineFailed
+Event = (
+    EngineInfo
+    | AdapterLoaded
+    | AdapterRefused
+    | AdapterUnloaded
+    | HostChanges
+    | StepOutputs
+    | EngineFailed
+)

@@ -7,15 +7,18 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import uvicorn
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deltamux.adapters.errors import AdapterError
+from deltamux.adapters.errors import AdapterCorrupt, AdapterError
+from deltamux.adapters.folder import hash_folder
 from deltamux.server.api.app import create_app
-from deltamux.server.api.registry import AdapterRegistry
 from deltamux.server.api.state import AppState, Limits
 from deltamux.server.composition import Composable, Room
 from deltamux.server.engine.errors import QueueFull
@@ -27,7 +30,11 @@ from deltamux.server.generation import (
     TokenLogprobs,
 )
 from deltamux.server.metrics import Metrics
+from deltamux.server.store.registry import AdapterRegistry
+from deltamux.server.store.sources import SourcePolicy
 from deltamux.server.text.tokenizer import Tokenizer
+
+from .fake_store import label_of, open_registry
 
 BASE = "base"
 MAX_MODEL_LEN = 64
@@ -68,7 +75,6 @@ class FakeEngine:
         self.death: Exception | None = None
         self.refusal: Exception | None = None
         self.bad_adapters: dict[str, AdapterError] = {}
-        self.digests: dict[str, str] = {}
         self.composables: dict[str, Composable] = {}
         self.load_gate: asyncio.Event | None = None
         self.submitted: list[GenerationRequest] = []
@@ -76,6 +82,7 @@ class FakeEngine:
         self.finished: list[str] = []
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
+        self.pins: list[tuple[int, bool]] = []
         self.load_calls = 0
         self.on_stall = threading.Semaphore(0)
         self.on_abort = threading.Semaphore(0)
@@ -158,11 +165,14 @@ class FakeEngine:
             await self.load_gate.wait()
         if self.refusal is not None:
             raise self.refusal
-        if path in self.bad_adapters:
-            raise self.bad_adapters[path]
-        self.loaded[adapter_id] = path
-        found = self.digests.get(path, f"{adapter_id:064x}")
-        composable = self.composables.get(path, Composable())
+        label = label_of(path)
+        if label in self.bad_adapters:
+            raise self.bad_adapters[label]
+        found = hash_folder(Path(path))
+        if found != digest:
+            raise AdapterCorrupt(f"the files at {path} changed")
+        self.loaded[adapter_id] = label
+        composable = self.composables.get(label, Composable())
         return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, ["q_proj"], composable)
 
     async def unload_adapter(self, adapter_id: int) -> None:
@@ -172,6 +182,9 @@ class FakeEngine:
         self.unloaded.append(adapter_id)
         self.on_unload.set()
 
+    def pin_adapter(self, adapter_id: int, pinned: bool) -> None:
+        self.pins.append((adapter_id, pinned))
+
 
 @dataclass(frozen=True)
 class Running:
@@ -180,6 +193,7 @@ class Running:
     url: str
     engine: FakeEngine
     state: AppState
+    state_dir: Path
 
 
 def leave_when_stalled(server: Running, path: str, body: dict[str, object], times: int) -> None:
@@ -193,28 +207,41 @@ def leave_when_stalled(server: Running, path: str, body: dict[str, object], time
             assert server.engine.on_stall.acquire(timeout=30)
 
 
-def make_state(engine: FakeEngine, limits: Limits) -> AppState:
-    registry = AdapterRegistry(BASE, engine)
-    state = AppState(engine, engine.tokenizer, registry, Metrics(BASE), "some/folder", limits)
+def make_state(
+    engine: FakeEngine, registry: AdapterRegistry, limits: Limits, policy: SourcePolicy
+) -> AppState:
+    state = AppState(
+        engine, engine.tokenizer, registry, Metrics(BASE), "some/folder", limits, policy
+    )
     state.started.set()
     return state
 
 
 @contextmanager
-def serving(tokenizer: Tokenizer, limits: Limits | None = None) -> Iterator[Running]:
-    """A real uvicorn on a free loopback port, in a thread.
+def serving(
+    tokenizer: Tokenizer,
+    limits: Limits | None = None,
+    policy: SourcePolicy | None = None,
+    **store: Any,
+) -> Iterator[Running]:
+    """A real uvicorn on a free loopback port, in a thread, with a state folder of its own.
 
     The socket listens before the thread starts, so clients may connect at once.
     """
     engine = FakeEngine(tokenizer)
-    state = make_state(engine, limits or Limits())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with (
+        TemporaryDirectory() as state_dir,
+        open_registry(Path(state_dir), engine, base=BASE, **store) as registry,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        state = make_state(engine, registry, limits or Limits(), policy or SourcePolicy())
         config = uvicorn.Config(create_app(state), log_config=None, lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, state)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield Running(url, engine, state, Path(state_dir))
         finally:
             server.should_exit = True
             thread.join()

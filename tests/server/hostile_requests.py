@@ -2,14 +2,12 @@
 
 import json
 
+from deltamux.server.api.adapter_bodies import AdapterBody, LoadLoraBody, UnloadLoraBody
 from deltamux.server.api.protocol import (
-    AdapterBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    LoadLoraBody,
     TokenizeBody,
-    UnloadLoraBody,
 )
 
 SECRET = "zq7-secret-marker"

@@ -46,7 +46,10 @@ def running_server(
     model: Path | str, *options: str, log: Path, **env: str
 ) -> Iterator[RunningServer]:
     """Start ``deltamux serve``, wait until it says it is ready, stop it with SIGTERM."""
-    command = [sys.executable, "-m", "deltamux", "serve", str(model), "--port", "0", *options]
+    # A state folder of its own, so that no server has what another registered.
+    state = ["--state-dir", str(log.parent / "state")]
+    command = [sys.executable, "-m", "deltamux", "serve", str(model), "--port", "0"]
+    command += [*([] if "--state-dir" in options else state), *options]
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command,

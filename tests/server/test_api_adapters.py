@@ -1,30 +1,22 @@
 """Adapters over HTTP: naming, loading, replacing and unloading them while requests run."""
 
-import asyncio
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from deltamux.adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
-from deltamux.server.api.registry import (
-    AdapterRegistry,
-    AdapterState,
-    AlreadyLoaded,
-    ModelChoice,
-    NameRefused,
-    StillLoading,
-    UnknownAdapter,
-    UnknownModel,
-)
+from deltamux.adapters.folder import hash_folder
 from deltamux.server.composition import Composable
 from deltamux.server.engine.errors import EngineUnavailable
 from deltamux.server.generation import AdapterWeight
-from deltamux.server.text.tokenizer import Tokenizer
 
-from .fake_engine import MAX_MODEL_LEN, FakeEngine, Running
+from .fake_engine import MAX_MODEL_LEN, Running
+from .fake_store import files_in
+from .siege import eventually
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "a b", "a:b", "a@b", "é", "x" * 129]
 BAD_NAMES += ["a\n", "a\x00", "%2e%2e", "base"]
@@ -32,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def http(server: Running) -> Iterator[httpx.Client]:
+def http(server: Running, shelf: Path) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=10) as client:
         yield client
 
@@ -89,15 +81,16 @@ def test_vllms_answers_byte_for_byte(server, http):
 
 
 def test_the_model_field_picks_the_adapter(server, http):
-    server.engine.digests = {"p": "sha256:abc" + "0" * 61, "q": "def" + "0" * 61}
+    p, q = (hash_folder(Path(label)) for label in "pq")
     assert load(http, "a", "p").status_code == load(http, "b", "q").status_code == 200
     by_name = {name: adapter_id for adapter_id, name in zip((1, 2), "ab", strict=True)}
-    names = ["base", "a", "b", "base:a", "a@abc", "base:b@def000", "b@def" + "0" * 61]
+    names = ["base", "a", "b", "base:a", f"a@{p[:3]}", f"base:b@{q[:6]}", f"b@sha256:{q}"]
     for name in names:
         assert complete(http, name).json()["model"] == name
     expected = [[], *([AdapterWeight(by_name[n])] for n in ("a", "b", "a", "a", "b", "b"))]
     assert [request.adapters for request in server.engine.submitted] == expected
-    for name in ["a@", "a@abd", "a@@abc", "a@abcabc", "c", "base:base", "a:b", "base@abc"]:
+    bad = ["a@", "a@z", f"a@@{p}", f"a@{q}", f"a@{p}0", "c", "base:base", "a:b", f"base@{p}"]
+    for name in bad:
         assert error_of(complete(http, name))[:2] == (404, "NotFoundError")
 
 
@@ -165,7 +158,7 @@ def test_a_prefix_takes_part_of_the_models_length(server, http):
     assert http.post("/v1/completions", json={"model": "base", "prompt": long}).status_code == 200
 
 
-def test_models_are_listed_as_vllm_lists_them(server, http):
+def test_models_are_listed_as_vllm_lists_them(server, http, shelf):
     load(http, "a", "p")
     listed = http.get("/v1/models").json()
     assert listed["object"] == "list"
@@ -181,7 +174,7 @@ def test_models_are_listed_as_vllm_lists_them(server, http):
         "max_model_len": 64,
     }
     assert created == server.state.created
-    assert (adapter["id"], adapter["root"], adapter["parent"]) == ("a", "p", "base")
+    assert (adapter["id"], adapter["root"], adapter["parent"]) == ("a", str(shelf / "p"), "base")
     assert http.get("/v1/models/base:a").json() == http.get("/v1/models/a").json() == adapter
     assert error_of(http.get("/v1/models/nope"))[0] == 404
     assert error_of(http.get("/v1/models/..%2f..%2fetc"))[0] == 404
@@ -195,7 +188,7 @@ def test_bad_names(server, http, name):
     ):
         assert error_of(answer)[:2] == (400, "InvalidUserInput")
     assert server.engine.load_calls == 0
-    assert server.state.registry.entries() == []
+    assert server.state.registry.catalog.all() == []
 
 
 @pytest.mark.parametrize(
@@ -210,41 +203,82 @@ def test_a_refused_adapter_leaves_nothing(server, http, error, status, kind):
     server.engine.bad_adapters["p"] = error
     message = f"{type(error).__name__}: {error}"
     assert error_of(load(http, "a", "p")) == (status, kind, message)
-    assert http.get("/v1/adapters").json() == {"object": "list", "data": []}
+    assert http.get("/v1/adapters").json() == {"object": "list", "data": [], "has_more": False}
     assert error_of(complete(http, "a"))[0] == 404
+    eventually(lambda: files_in(server.state_dir / "adapters") == ["contents", "staging"])
     assert load(http, "a", "good").status_code == 200
 
 
-def test_a_refused_replacement_leaves_the_old_one(server, http):
+def test_a_refused_replacement_leaves_the_old_one(server, http, shelf):
     load(http, "a", "old")
     server.engine.bad_adapters["new"] = AdapterCorrupt("bad")
     assert error_of(load(http, "a", "new", load_inplace=True))[0] == 400
     assert complete(http, "a").status_code == 200
     assert server.engine.submitted[0].adapters == [AdapterWeight(1)]
-    assert http.get("/v1/adapters/a").json()["path"] == "old"
+    card = http.get("/v1/adapters/a").json()
+    assert (card["source"], len(card["versions"])) == (str(shelf / "old"), 1)
 
 
-def test_our_own_routes(server, http):
+def test_our_own_routes(server, http, shelf):
     added = http.post("/v1/adapters", json={"name": "a", "path": "p"})
     assert added.status_code == 201
     card = added.json()
-    assert (card["name"], card["path"], card["state"], card["error"]) == ("a", "p", "ready", None)
-    assert card["info"]["rank"] == 8
+    assert (card["name"], card["source"], card["error"]) == ("a", str(shelf / "p"), None)
+    assert (card["info"]["rank"], card["digest"]) == (8, hash_folder(shelf / "p"))
     assert http.get("/v1/adapters/a").json() == card
-    assert http.get("/v1/adapters").json() == {"object": "list", "data": [card]}
+    assert http.get("/v1/adapters").json() == {"object": "list", "data": [card], "has_more": False}
     again = http.post("/v1/adapters", json={"name": "a", "path": "p"})
     assert error_of(again)[:2] == (400, "InvalidUserInput")
-    assert error_of(http.patch("/v1/adapters/a", json={"pinned": True}))[0] == 501
     assert http.delete("/v1/adapters/a").json() == {
         "name": "a",
         "object": "adapter",
         "deleted": True,
     }
     assert server.engine.unloaded == [1]
-    for call in (http.get, http.delete, http.patch):
-        assert error_of(call("/v1/adapters/a"))[:2] == (404, "NotFoundError")
-    wrong = http.post("/v1/adapters", json={"name": "a"})
-    assert wrong.json()["error"]["param"] == "path"
+    change = {"pinned": True}
+    for answer in (
+        http.get("/v1/adapters/a"),
+        http.delete("/v1/adapters/a"),
+        http.patch("/v1/adapters/a", json=change),
+    ):
+        assert error_of(answer)[:2] == (404, "NotFoundError")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "a"},
+        {"name": "a", "path": "p", "source": "p"},
+        {"name": "a", "path": "p", "digest": "abc"},
+        {"name": "a", "path": "p", "digest": "g" * 64},
+        {"name": "a", "path": "p", "pinned": True},
+        {"path": "p"},
+    ],
+    ids=str,
+)
+def test_bad_registrations(server, http, body):
+    assert error_of(http.post("/v1/adapters", json=body))[:2] == (400, "invalid_request_error")
+    assert server.engine.load_calls == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"rollback": False}, {"version": ""}, {"version": "a", "rollback": True}, {"pin": True}],
+    ids=str,
+)
+def test_bad_changes(server, http, body):
+    load(http, "a", "p")
+    assert error_of(http.patch("/v1/adapters/a", json=body))[:2] == (400, "invalid_request_error")
+
+
+def test_the_list_comes_in_pages(server, http):
+    for name in "abpq":
+        load(http, name, name)
+    first = http.get("/v1/adapters?limit=3").json()
+    assert ([each["name"] for each in first["data"]], first["has_more"]) == ([*"abp"], True)
+    rest = http.get("/v1/adapters?limit=3&after=p").json()
+    assert ([each["name"] for each in rest["data"]], rest["has_more"]) == (["q"], False)
+    assert http.get("/v1/adapters?limit=0").status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -332,14 +366,14 @@ def test_loading_while_the_engine_is_down(server, http):
         "ServiceUnavailableError",
         "The engine is restarting.",
     )
-    assert server.state.registry.entries() == []
+    assert server.state.registry.catalog.all() == []
 
 
 def test_unloading_while_the_engine_is_down_forgets_the_adapter(server, http):
     load(http, "a")
     server.engine.refusal = EngineUnavailable("The engine is restarting.")
     assert unload(http, "a").status_code == 200
-    assert server.state.registry.entries() == []
+    assert server.state.registry.catalog.all() == []
 
 
 def test_tokenize_and_detokenize(server, http, tokenizer):
@@ -383,74 +417,3 @@ def test_bad_tokenize(server, http, path, body, status, param):
     answer = http.post(path, json=body)
     assert error_of(answer)[0] == status
     assert answer.json()["error"]["param"] == param
-
-
-def registry_of(tokenizer: Tokenizer) -> tuple[AdapterRegistry, FakeEngine]:
-    engine = FakeEngine(tokenizer)
-    return AdapterRegistry("base", engine), engine
-
-
-def test_register_lists_what_is_refused(tokenizer):
-    async def run() -> None:
-        registry, engine = registry_of(tokenizer)
-        engine.bad_adapters["p"] = AdapterCorrupt("bad weights")
-        entry = await registry.register("a", "p")
-        assert (entry.state, entry.error) == (AdapterState.FAILED, "bad weights")
-        with pytest.raises(UnknownModel):
-            registry.resolve("a")
-        assert (await registry.load("a", "good")).state is AdapterState.READY
-        with pytest.raises(AlreadyLoaded):
-            await registry.register("a", "p")
-        assert [entry.name for entry in registry.entries()] == ["a"]
-
-    asyncio.run(run())
-
-
-def test_a_loading_adapter_is_listed_and_not_served(tokenizer):
-    async def run() -> None:
-        registry, engine = registry_of(tokenizer)
-        engine.load_gate = asyncio.Event()
-        loading = asyncio.create_task(registry.load("a", "p"))
-        other = asyncio.create_task(registry.load("b", "q"))
-        while engine.load_calls < 2:
-            await asyncio.sleep(0)
-        assert [entry.state for entry in registry.entries()] == [AdapterState.LOADING] * 2
-        with pytest.raises(StillLoading):
-            registry.resolve("a")
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
-        with pytest.raises(UnknownAdapter):
-            registry.get("a")
-        engine.load_gate.set()
-        assert (await other).state is AdapterState.READY
-
-    asyncio.run(run())
-
-
-def test_an_adapter_is_unloaded_after_its_last_lease(tokenizer):
-    async def run() -> None:
-        registry, engine = registry_of(tokenizer)
-        await registry.load("a", "p")
-        with registry.lease(ModelChoice("a")) as first:
-            with registry.lease(ModelChoice("a")) as second:
-                await registry.unload("a")
-            await asyncio.sleep(0)
-            assert engine.unloaded == []
-        assert first == second == [AdapterWeight(1)]
-        while not engine.unloaded:
-            await asyncio.sleep(0)
-        assert engine.loaded == {}
-        with pytest.raises(UnknownModel), registry.lease(ModelChoice("a")):
-            pass
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_the_registry_refuses_bad_names(tokenizer, name):
-    async def run() -> None:
-        registry, _ = registry_of(tokenizer)
-        with pytest.raises(NameRefused):
-            await registry.load(name, "p")
-
-    asyncio.run(run())

@@ -4,8 +4,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltamux.server.engine.errors import EngineDied
+from deltamux.server.engine.messages import HostChanges
 
 from .fake_engine import Running, leave_when_stalled
+from .fake_store import write_adapter
 
 LABELS = {"model_name": "base", "engine": "0"}
 
@@ -34,7 +36,8 @@ def complete(server: Running, model: str = "base", **fields) -> httpx.Response:
 
 
 def load(server: Running, name: str) -> None:
-    body = {"lora_name": name, "lora_path": "p"}
+    path = write_adapter(server.state_dir / "shelf" / name, name)
+    body = {"lora_name": name, "lora_path": str(path)}
     assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).status_code == 200
 
 
@@ -100,6 +103,25 @@ def test_adapters_on_the_device_and_waited_for(server):
         "waiting_lora_adapters": "wanted",
     }
     assert value(samples, "request_success_total", finished_reason="abort") == 1
+
+
+def test_where_adapters_are_is_told_also_while_they_are_idle(server):
+    for name in ("resident", "warm", "cold"):
+        load(server, name)
+    server.state.registry.residents.host_changed(HostChanges([1, 2, 3], [3]))
+    url = f"{server.url}/v1/adapters"
+    httpx.patch(f"{url}/warm", json={"pinned": True}).raise_for_status()
+    found = labels_of(scrape(server), "lora_adapter_loaded")
+    expected = [("resident", "gpu", "false"), ("resident", "cpu", "false"), ("warm", "cpu", "true")]
+    assert found == [
+        {"adapter_name": name, "level": level, "pinned": pinned} for name, level, pinned in expected
+    ]
+    states = {each["name"]: each["state"] for each in httpx.get(url).json()["data"]}
+    assert states == {"resident": "on_device", "warm": "on_host", "cold": "registered"}
+    server.state.registry.residents.engine_down()
+    server.engine.stats = None
+    states = {each["name"]: each["state"] for each in httpx.get(url).json()["data"]}
+    assert set(states.values()) == {"registered"}
 
 
 def test_a_scrape_while_the_engine_is_down(server):

@@ -1,7 +1,5 @@
 """What the command line makes of options, environment and config file; nothing is served."""
 
-from pathlib import Path
-
 import pytest
 from click.testing import CliRunner
 
@@ -45,14 +43,16 @@ def test_options_win_over_environment_and_that_over_the_file(serve, tmp_path):
 def test_every_option_has_an_environment_twin(serve, tmp_path):
     config = serve(
         DELTAMUX_MODEL="m",
-        DELTAMUX_ADAPTER="a=x y:b=z",
+        DELTAMUX_ADAPTER="a=x y:b=hf://org/z",
+        DELTAMUX_ADAPTER_SOURCE="local, hf://org",
         DELTAMUX_ADAPTER_DIR=str(tmp_path),
         DELTAMUX_NO_PREFIX_CACHING="1",
         DELTAMUX_MEMORY_BUDGET="3MiB",
     )
     assert config.model == "m"
-    assert config.adapters == (("a", Path("x y")), ("b", Path("z")))
+    assert config.adapters == (("a", "x y"), ("b", "hf://org/z"))
     assert config.adapter_dirs == (tmp_path,)
+    assert config.adapter_sources == ("local", "hf://org")
     assert (config.prefix_caching, config.memory_budget) == (False, 3 << 20)
     undocumented = [
         option.name
@@ -66,7 +66,7 @@ def test_every_option_has_an_environment_twin(serve, tmp_path):
 def test_repeatable_keys_may_be_lists_or_mappings(serve, tmp_path, text):
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    assert serve("--config", str(file)).adapters == (("a", Path("x")), ("b", Path("y")))
+    assert serve("--config", str(file)).adapters == (("a", "x"), ("b", "y"))
 
 
 @pytest.mark.parametrize(

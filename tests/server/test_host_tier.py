@@ -164,3 +164,100 @@ def test_a_held_adapter_cannot_be_forgotten(tier, shelf):
     tier.hold(1)
     with pytest.raises(ValueError, match="held by 1"):
         tier.forget(1)
+
+
+def changes(tier):
+    change = tier.changes()
+    return None if change is None else (change.added, change.dropped)
+
+
+def test_what_came_and_what_went_is_told_once(tier, shelf):
+    for adapter_id in (1, 2, 3):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    assert changes(tier) == ([1, 2, 3], [])
+    assert changes(tier) is None
+    register(tier, shelf, 4, make_adapter("d4"))
+    assert changes(tier) == ([4], [1])
+    tier.forget(4)
+    register(tier, shelf, 5, make_adapter("d5"))
+    tier.forget(5)
+    assert changes(tier) == ([], [4])
+
+
+def test_a_pinned_adapter_stays_where_others_go(tier, shelf):
+    for adapter_id in (1, 2, 3):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    tier.pin(1)
+    for adapter_id in (4, 5, 6):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+        assert 1 in tier.ready()
+    tier.unpin(1)
+    for adapter_id in (7, 8):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    assert 1 not in tier.ready()
+
+
+def test_an_adapter_that_is_pinned_is_loaded(tier, shelf):
+    for adapter_id in (1, 2, 3, 4):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    assert 1 not in tier.ready()
+    tier.pin(1)
+    assert [result.adapter_id for result in wait_for_load(tier)] == [1]
+    assert 1 in tier.ready()
+
+
+def test_a_load_waits_for_held_adapters_rather_than_for_pinned_ones(tier, shelf):
+    for adapter_id in (4, 1, 2, 3):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    tier.pin(1)
+    assert tier.hold(2)
+    assert tier.hold(3)
+    read = len(shelf.read)
+    assert not tier.hold(4)
+    assert (len(shelf.read), tier.ready()) == (read, [1, 2, 3])
+    tier.release(2)
+    assert [result.adapter_id for result in wait_for_load(tier)] == [4]
+    assert sorted(tier.ready()) == [1, 3, 4]
+
+
+def test_a_pinned_adapter_makes_way_for_one_that_fits_only_alone_and_comes_back(tier, shelf):
+    register(tier, shelf, 1, make_adapter("d1"))
+    tier.pin(1)
+    register(tier, shelf, 2, make_adapter("d2", copies=3))
+    assert tier.ready() == [1]  # nothing needs the other
+    assert not tier.hold(2)
+    wait_for_load(tier)
+    assert tier.ready() == [2]
+    tier.release(2)
+    assert [result.adapter_id for result in wait_for_load(tier)] == [1]
+    assert tier.ready() == [1]
+
+
+def test_a_request_of_several_adapters_is_not_kept_out_by_pins(tier, shelf):
+    for adapter_id in (1, 2, 3, 4, 5):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    tier.pin(4)
+    tier.pin(5)
+    missing = {one for one in (1, 2, 3) if not tier.hold(one, first=True)}
+    while missing:
+        missing -= {result.adapter_id for result in wait_for_load(tier)}
+    assert sorted(tier.ready()) == [1, 2, 3]
+    back: set[int] = set()
+    for one in (1, 2, 3):
+        tier.release(one)
+    while back != {4, 5}:
+        back |= {result.adapter_id for result in wait_for_load(tier)}
+    assert {4, 5} < {*tier.ready()}
+
+
+def test_a_pinned_adapter_that_is_refused_is_not_read_for_ever(tier, shelf):
+    for adapter_id in (1, 2, 3, 4):
+        register(tier, shelf, adapter_id, make_adapter(f"d{adapter_id}"))
+    shelf.folders["1"] = AdapterNotFound("gone")
+    tier.pin(1)
+    [result] = wait_for_load(tier)
+    assert isinstance(result.outcome, AdapterNotFound)
+    read = len(shelf.read)
+    tier.hold(4)
+    tier.release(4)
+    assert len(shelf.read) == read

@@ -1,0 +1,65 @@
+"""The tables of the server's database as they are now; ``migrations/`` brings older ones here."""
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("base", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("origin", String, nullable=False),
+    Column("source", String, nullable=False),
+    Column("expected", String),
+    Column("owner", String),
+    Column("pinned", Boolean, nullable=False),
+    Column("default_digest", String),
+    Column("created", Integer, nullable=False),
+    Column("last_used", Float),
+    Column("hits", Integer, nullable=False),
+    UniqueConstraint("base", "name"),
+)
+"""Names of adapters.
+
+base: The served name of the base that it is for.
+origin: What keeps it registered: empty for the API, ``--adapter``, or the watched folder.
+source: Where it was last asked for.
+expected: The digest that was required of it, while it has no version.
+owner: The tenant that may use it, null for everybody.
+default_digest: The version that the bare name means, null while there is none.
+"""
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", Integer, ForeignKey("adapters.id", ondelete="CASCADE"), nullable=False),
+    Column("digest", String, nullable=False),
+    Column("source", String, nullable=False),
+    Column("fingerprint", String, nullable=False),
+    Column("path", String),
+    Column("file_bytes", Integer, nullable=False),
+    Column("info", LargeBinary, nullable=False),
+    Column("registered", Float, nullable=False),
+    UniqueConstraint("adapter_id", "digest"),
+)
+"""Contents that a name stands or stood for.
+
+fingerprint: Sizes and times of a local source's files when they were read, else empty.
+path: The folder it is served from, null for the store's own copy.
+info: What the engine found in it, ``AdapterInfo`` in JSON.
+registered: Unix time it was last registered: the order of versions.
+"""

@@ -1,0 +1,53 @@
+"""Registries over real files and a real database, and adapter folders that only look like some."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deltamux.adapters.files import CONFIG_FILE, SAFETENSORS_FILE
+from deltamux.server.state.database import open_database
+from deltamux.server.store.archives import ArchiveLimits
+from deltamux.server.store.contents import ContentStore
+from deltamux.server.store.intake import Intake
+from deltamux.server.store.records import Records
+from deltamux.server.store.registry import AdapterRegistry
+from deltamux.server.store.residents import AdapterPort
+
+
+def write_adapter(folder: Path, label: str, size: int = 1000) -> Path:
+    """A folder whose configuration says what it is; its weights are no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps({"label": label}))
+    (folder / SAFETENSORS_FILE).write_bytes((label.encode() or b"-") * size)
+    return folder
+
+
+def label_of(path: str | Path) -> str:
+    """What the folder's configuration says; ``path`` itself where there is none."""
+    file = Path(path) / CONFIG_FILE
+    return json.loads(file.read_text() or "{}").get("label", str(path))
+
+
+def files_in(folder: Path) -> list[str]:
+    """Every file and folder inside, for telling that nothing was left behind."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@contextmanager
+def open_registry(
+    state_dir: Path,
+    engine: AdapterPort,
+    *,
+    base: str = "base",
+    keep_versions: int = 5,
+    copy_local: bool = True,
+    limits: ArchiveLimits | None = None,
+) -> Iterator[AdapterRegistry]:
+    """A registry as the server makes it; ``open`` has not been called."""
+    with open_database(state_dir) as database:
+        contents = ContentStore(state_dir / "adapters")
+        intake = Intake(contents, limits or ArchiveLimits(), copy_local)
+        yield AdapterRegistry(
+            base, engine, Records(database, base, contents), intake, keep_versions
+        )
