@@ -144,6 +144,7 @@ def running(model: str, flags: Sequence[str], log: Path) -> Iterator[str]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "deltamux", "serve", model, "--port", "0", *flags]
+    command += ["--state-dir", str(log.parent / "state")]
     with log.open("w") as written:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=written, text=True, env=environment

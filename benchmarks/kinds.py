@@ -174,9 +174,9 @@ class BenchedEngine:
         select.select([self._host.wakeup], [], [])
         os.eventfd_read(self._host.wakeup)
         self._engine.take_loads()
-        answers = [each for each in self._engine.drain() if not isinstance(each, StepOutputs)]
-        if [type(answer) for answer in answers] != [AdapterLoaded]:
-            raise RuntimeError(f"{folder} was not loaded: {answers}")
+        events = self._engine.drain()
+        if not any(isinstance(event, AdapterLoaded) for event in events):
+            raise RuntimeError(f"{folder} was not loaded: {events}")
         return self._loads
 
     def _submit(self, row: int, adapter: int | None, prompt: int, max_tokens: int) -> None:

@@ -6,18 +6,15 @@ there chooses what is written here; of an archive, see ``archives.py``.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
+import aiohttp
 import fsspec
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    DryRunError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import DryRunError
 
 from ...adapters.errors import AdapterError
 from ...adapters.files import (
@@ -69,10 +66,8 @@ def fetch_hub(source: Source, max_bytes: int) -> tuple[Path, str]:
         FetchFailed: The hub does not give it, or it is larger than allowed.
     """
     hub = parse_hub(source.text)
-    try:
+    with _explained(source.text):
         snapshot = _snapshot(hub, max_bytes)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FetchFailed(f"{source.text}: the hub does not give it: {error}") from error
     inside = f"/{hub.folder}" if hub.folder else ""
     return snapshot / hub.folder, f"hf://{hub.repository}{inside}@{snapshot.name}"
 
@@ -119,9 +114,18 @@ def _fetch_file(url: str, path: Path, max_bytes: int) -> int | None:
     try:
         with path.open("xb") as file:
             return _copy(f"{url}/{path.name}", file, max_bytes)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not _is_absence(error.__cause__):
+            raise FetchFailed(f"{url} cannot be fetched: {error.__cause__}") from error
         path.unlink()
         return None
+
+
+def _is_absence(cause: BaseException | None) -> bool:
+    """Whether a file is not there: fsspec says so of web servers that do not answer, too."""
+    if isinstance(cause, aiohttp.ClientResponseError):
+        return cause.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+    return cause is None or isinstance(cause, FileNotFoundError)
 
 
 def _copy(url: str, target: BinaryIO, max_bytes: int) -> int:
@@ -145,5 +149,5 @@ def _explained(url: str) -> Iterator[None]:
     except ImportError as error:
         hint = f"pip install {_EXTRAS[scheme]}" if scheme in _EXTRAS else str(error)
         raise FetchFailed(f"{scheme}:// needs a package that is not installed: {hint}") from error
-    except Exception as error:  # each of fsspec's file systems has its own errors
+    except Exception as error:  # the hub and each file system have their own
         raise FetchFailed(f"{url} cannot be fetched: {type(error).__name__}: {error}") from error

@@ -13,6 +13,7 @@ from deltamux.server.engine.messages import (
     AdapterLoaded,
     AdapterRefused,
     AdapterUnloaded,
+    HostChanges,
     LoadAdapter,
     StepOutputs,
     Submit,
@@ -71,6 +72,7 @@ class EngineHarness:
         self.engine, self.host, self.info = build_engine(config)
         self.received: dict[str, Received] = defaultdict(Received)
         self.adapter_events: list[AdapterLoaded | AdapterRefused | AdapterUnloaded] = []
+        self.on_host: set[int] = set()
         self.preemptions = 0
         self.steps = 0
 
@@ -100,8 +102,8 @@ class EngineHarness:
     def step(self) -> None:
         self.engine.step()
         self.steps += 1
-        self.check_integrity()
         self.collect()
+        self.check_integrity()
 
     def run(self) -> dict[str, Received]:
         """Step until nothing is left to do."""
@@ -113,9 +115,13 @@ class EngineHarness:
 
     def check_integrity(self) -> None:
         self.engine.check_integrity()
+        assert self.on_host == {*self.host.ready()}, "what is told to be in host memory is there"
 
     def collect(self) -> None:
         for event in self.engine.drain():
+            if isinstance(event, HostChanges):
+                self.on_host = (self.on_host | {*event.added}) - {*event.dropped}
+                continue
             if not isinstance(event, StepOutputs):
                 self.adapter_events.append(event)
                 continue
