@@ -87,7 +87,9 @@ def _opened(archive: BinaryIO, limits: ArchiveLimits) -> Iterator[list[_Entry]]:
             yield _checked(_zip_entries(opened), limits)
         return
     packed = head[:2] == b"\x1f\x8b"
-    raw: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=archive)) if packed else archive
+    raw: IO[bytes] = (
+        cast(IO[bytes], gzip.GzipFile(fileobj=archive, mode="rb")) if packed else archive
+    )
     bounded = _Bounded(raw, limits)
     with tarfile.open(fileobj=bounded, mode="r:") as opened_tar:
         yield _checked(_tar_entries(opened_tar), limits)

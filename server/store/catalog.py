@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .entries import Adapter, Version, plain_digest
+from .entries import Adapter, Version
 from .errors import UnknownAdapter, UnknownModel
 
 
@@ -110,7 +110,7 @@ class Catalog:
             raise UnknownModel(f"The model {model!r} does not exist.")
         if not at:
             return Chosen(adapter, adapter.default)
-        found = adapter.version(plain_digest(version))
+        found = adapter.version(version)
         if found is None:
             known = ", ".join(each.digest[:12] for each in adapter.versions) or "none"
             raise UnknownModel(

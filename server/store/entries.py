@@ -79,9 +79,10 @@ class Adapter:
 
     def version(self, prefix: str) -> Version | None:
         """The newest version whose digest begins like this."""
-        if not prefix:
+        digits = plain_digest(prefix)
+        if not digits:
             return None
-        return next((each for each in self.versions if each.digest.startswith(prefix)), None)
+        return next((each for each in self.versions if each.digest.startswith(digits)), None)
 
     def earlier(self) -> Version | None:
         """The version that was registered last before the default one."""

@@ -64,7 +64,6 @@ class Residents:
         self._digests: dict[int, str] = {}
         self._loads: dict[str, asyncio.Task[AdapterInfo]] = {}
         self._pinned: dict[str, Version] = {}
-        self._pinning: set[asyncio.Task[None]] = set()
         self._on_host: set[int] = set()
         self._backoff = Backoff()
 
@@ -148,9 +147,11 @@ class Residents:
         added = [wanted[digest] for digest in wanted if digest not in self._pinned]
         self._pinned = wanted
         for version in added:
-            task = asyncio.create_task(self._pin(version), name=f"pin-{version.digest[:12]}")
-            self._pinning.add(task)
-            task.add_done_callback(self._pinning.discard)
+            load = self._loads.get(version.digest)
+            if load is not None and load.done():
+                self._engine.pin_adapter(self.adapter_id(version.digest), True)
+            else:
+                self._load_pinned(version)
 
     def is_loading(self, digest: str) -> bool:
         """Whether the engine is being told of it."""
@@ -200,16 +201,15 @@ class Residents:
         self._on_info(digest, info)
         return info
 
-    async def _pin(self, version: Version) -> None:
-        try:
-            await asyncio.shield(self.load(version.digest, version.path))
-        except EngineError:
-            return  # the next engine will be asked
-        except AdapterError as error:
-            logger.error("a pinned adapter (%s) cannot be loaded: %s", version.source, error)
-            return
-        if version.digest in self._pinned:
-            self._engine.pin_adapter(self.adapter_id(version.digest), True)
+    def _load_pinned(self, version: Version) -> None:
+        """Load what is pinned at its end; where the engine is down, the next one is asked."""
+
+        def tell(load: "asyncio.Task[AdapterInfo]") -> None:
+            error = None if load.cancelled() else load.exception()
+            if isinstance(error, AdapterError):
+                logger.error("a pinned adapter (%s) cannot be loaded: %s", version.source, error)
+
+        self.load(version.digest, version.path).add_done_callback(tell)
 
 
 def _cannot_be_loaded(name: str, error: AdapterUnavailable) -> AdapterUnavailable:

@@ -83,6 +83,7 @@ class FakeEngine:
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
         self.pins: list[tuple[int, bool]] = []
+        self.targets = ["q_proj"]
         self.load_calls = 0
         self.on_stall = threading.Semaphore(0)
         self.on_abort = threading.Semaphore(0)
@@ -173,7 +174,7 @@ class FakeEngine:
             raise AdapterCorrupt(f"the files at {path} changed")
         self.loaded[adapter_id] = label
         composable = self.composables.get(label, Composable())
-        return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, ["q_proj"], composable)
+        return AdapterInfo(found, "lora", "peft", 8, 1000, 4000, self.targets, composable)
 
     async def unload_adapter(self, adapter_id: int) -> None:
         if self.refusal is not None:

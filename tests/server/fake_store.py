@@ -42,12 +42,12 @@ def open_registry(
     base: str = "base",
     keep_versions: int = 5,
     copy_local: bool = True,
-    limits: ArchiveLimits | None = None,
+    archives: ArchiveLimits | None = None,
 ) -> Iterator[AdapterRegistry]:
     """A registry as the server makes it; ``open`` has not been called."""
     with open_database(state_dir) as database:
         contents = ContentStore(state_dir / "adapters")
-        intake = Intake(contents, limits or ArchiveLimits(), copy_local)
+        intake = Intake(contents, archives or ArchiveLimits(), copy_local)
         yield AdapterRegistry(
             base, engine, Records(database, base, contents), intake, keep_versions
         )
