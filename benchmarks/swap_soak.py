@@ -7,18 +7,24 @@ sampled after every cycle; its slope over the second half tells a leak from a ca
 Start the server with a ``--memory-budget`` that the first half can fill: the KV cache is touched
 page by page for the first time as long as there are blocks no request has used.
 
+With ``--reload`` every cycle instead loads changed files under one name in place, each a new
+version of it: ``--cycles 1000`` shows whether memory stays flat while versions come and go.
+
 The last line of the output is one JSON object. Exits 1 if any request failed.
 
-    python -m deltamux.benchmarks.swap_soak --adapter examples/adapters/pirate --pid <the server's>
+    python -m deltamux.benchmarks.swap_soak --adapter examples/adapters/pirate --models smollm2 \
+        --pid <the server's> --reload --cycles 1000
 """
 
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from rich.console import Console
@@ -41,6 +47,7 @@ class Soak:
     prompt_tokens: int
     output_tokens: int
     seed: int
+    reload: bool = False
 
     def request(self, model: str, index: str) -> Request:
         """A request whose prompt no other request of the run shares."""
@@ -84,7 +91,31 @@ async def cycle(client: httpx.AsyncClient, soak: Soak, index: int) -> None:
         pass
 
 
-async def _post(client: httpx.AsyncClient, path: str, body: dict[str, str]) -> None:
+async def reload_cycle(client: httpx.AsyncClient, soak: Soak, index: int, folder: Path) -> None:
+    """Change the files in ``folder``, load them in place under a request, see the request end."""
+    name = "soak-reload"
+    arrivals = None if index == 0 else stream(client, soak.request(name, f"cycle/{index}"))
+    if arrivals is not None and await anext(arrivals, None) is None:
+        raise RequestFailed(f"{name}: the stream ended before its first token")
+    write_version(Path(soak.adapter), folder, index)
+    body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+    await _post(client, "/v1/load_lora_adapter", body)
+    if arrivals is not None:
+        async for _ in arrivals:
+            pass
+
+
+def write_version(source: Path, folder: Path, number: int) -> None:
+    """Copy an adapter with a number in its configuration: other contents of the same size."""
+    for path in source.iterdir():
+        if path.name == "adapter_config.json":
+            fields = json.loads(path.read_text()) | {"revision": f"{number:09}"}
+            (folder / path.name).write_text(json.dumps(fields))
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+async def _post(client: httpx.AsyncClient, path: str, body: dict[str, object]) -> None:
     response = await client.post(path, json=body)
     if response.status_code != 200:
         raise RequestFailed(f"{path}: HTTP {response.status_code}: {response.text[:300]}")
@@ -93,6 +124,12 @@ async def _post(client: httpx.AsyncClient, path: str, body: dict[str, str]) -> N
 async def run(base_url: str, soak: Soak, pid: int) -> Tally:
     """All cycles, one after another, under background traffic."""
     tally = Tally(resident_bytes=[resident_bytes(pid)])
+    with TemporaryDirectory() as folder:
+        await _run_cycles(base_url, soak, pid, tally, Path(folder))
+    return tally
+
+
+async def _run_cycles(base_url: str, soak: Soak, pid: int, tally: Tally, folder: Path) -> None:
     async with open_client(base_url) as client, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(background(client, soak, index, tally))
@@ -100,14 +137,16 @@ async def run(base_url: str, soak: Soak, pid: int) -> Tally:
         ]
         for index in track(range(soak.cycles), "swapping", console=Console(stderr=True)):
             try:
-                await cycle(client, soak, index)
+                if soak.reload:
+                    await reload_cycle(client, soak, index, folder)
+                else:
+                    await cycle(client, soak, index)
                 tally.completed += 1
             except (RequestFailed, httpx.HTTPError) as error:
                 tally.errors.append(f"cycle {index}: {type(error).__name__}: {error}")
             tally.resident_bytes.append(resident_bytes(pid))
         for task in tasks:
             task.cancel()
-    return tally
 
 
 def resident_bytes(pid: int) -> int:
@@ -162,6 +201,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--reload", action="store_true", help="new versions of one name instead of new names"
+    )
     return parser.parse_args()
 
 
@@ -176,6 +218,7 @@ def main() -> None:
         prompt_tokens=arguments.prompt_tokens,
         output_tokens=arguments.output_tokens,
         seed=arguments.seed,
+        reload=arguments.reload,
     )
     tally = asyncio.run(run(arguments.base_url.rstrip("/"), soak, arguments.pid))
     result = summarize(tally)

@@ -19,6 +19,7 @@ from ...adapters.files import ADAPTER_FILES
 from ...adapters.folder import covered_files, hash_folder, open_config, opened_file
 from .archives import ArchiveLimits, unpack
 from .contents import ContentStore
+from .errors import FetchFailed
 from .fetch import ARCHIVE_SUFFIXES, fetch_hub, fetch_url
 from .sources import Source, SourceKind
 
@@ -112,8 +113,10 @@ class Intake:
         try:
             fill(into)
             return _measured(into, source, known, copied=True)
-        except BaseException:
+        except BaseException as error:
             self.contents.discard(into)
+            if isinstance(error, OSError):  # the disk is full, a file may not be read, ...
+                raise FetchFailed(f"{source} cannot be copied here: {error}") from error
             raise
 
     def _copy_folder(self, folder: Path, into: Path) -> None:

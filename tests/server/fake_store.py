@@ -1,8 +1,10 @@
 """Registries over real files and a real database, and adapter folders that only look like some."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from deltamux.adapters.files import CONFIG_FILE, SAFETENSORS_FILE
@@ -30,8 +32,12 @@ def label_of(path: str | Path) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file and folder inside, for telling that nothing was left behind."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Every file and folder inside, for telling that nothing was left behind.
+
+    What is being removed meanwhile may or may not be among them.
+    """
+    inside = (Path(at) / name for at, *names in os.walk(folder) for name in chain(*names))
+    return sorted(str(path.relative_to(folder)) for path in inside)
 
 
 @contextmanager

@@ -210,6 +210,14 @@ def test_file_systems_that_are_not_installed_are_named(url, intake, monkeypatch)
     refused(intake, url, FetchFailed, packages[scheme])
 
 
+def test_a_full_disk_is_told(intake, folder, monkeypatch):
+    def full(source, target) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deltamux.server.store.intake._copy_file", full)
+    refused(intake, str(folder), FetchFailed, "No space left")
+
+
 def test_what_is_not_there(intake, tmp_path):
     refused(intake, str(tmp_path / "nothing"), AdapterNotFound, "no adapter folder")
     refused(intake, str(tmp_path / "nothing.zip"), AdapterNotFound, "no adapter folder")
