@@ -141,6 +141,8 @@ SOURCES = (
     _peft("c3a", peft.C3AConfig, block_size=64, **LINEAR),
     _peft("miss", peft.MissConfig, r=64, **LINEAR),
     _peft("prefix_tuning", peft.PrefixTuningConfig, num_virtual_tokens=20),
+    _peft("prefix_tuning_10", peft.PrefixTuningConfig, num_virtual_tokens=10),
+    _peft("prefix_tuning_200", peft.PrefixTuningConfig, num_virtual_tokens=200),
     _peft("prompt_tuning", peft.PromptTuningConfig, num_virtual_tokens=20),
     _peft("ln_tuning", peft.LNTuningConfig),
     KindSource(

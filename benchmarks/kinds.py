@@ -4,16 +4,18 @@
 
 Measured are
 
-- a decode step of 16 rows: of the bare base, of 16 different adapters of each kind, and of a mixed
-  batch with one row of every kind and the rest of the base,
+- a decode step of 16 rows: of the bare base, of 16 different adapters of each kind, of one adapter
+  that all rows share, and of a mixed batch with one row of every kind and the rest of the base,
 - the step that computes a prompt of 512 tokens of one adapter,
 - how long it takes to read and lower an adapter, and what it takes on the device.
 
 Every round measures everything once, and the bare base right before each of them. Reported are
 medians over the rounds with their quartiles, and the median ratio to the base right before, which a
-machine whose speed drifts changes least. Adapters are random, 16 of a kind from one seed; PEFT
-makes its own (``pip install peft``). The last line is one JSON object; the load average in it tells
-whether the machine did something else at the time.
+machine whose speed drifts changes least. Beside a decode step stands its floor: the bytes that it
+must read, of the base and of each different adapter, over the bandwidth measured in the same run.
+Adapters are random, 16 of a kind from one seed; PEFT makes its own (``pip install peft``). The last
+line is one JSON object; the load average in it tells whether the machine did something else at the
+time.
 """
 
 import argparse
@@ -38,10 +40,17 @@ from ..server.engine.config import EngineConfig
 from ..server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Submit
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.source import resolve_model
+from .counting import Step, count_step, total
 from .kind_adapters import SOURCES, KindSource
 from .machine import describe_machine, describe_versions
+from .markdown import table
+from .roofline import read_shapes
+from .step import measure_bandwidth
 
 BASE, MIXED = "base", "mixed"
+SHARED = "{}, shared"
+"""A batch of one adapter of a kind in every row."""
+
 DECODE, PREFILL = "decode_step_ms", "prefill_ms"
 TOKEN_IDS = range(1000, 30000)
 
@@ -227,6 +236,8 @@ def measure(
     base: list[int | None] = [None] * workload.rows
     one_each: list[int | None] = [kind.ids[0] for kind in loaded.values()]
     batches = {BASE: base} | {name: list(kind.ids) for name, kind in loaded.items()}
+    for name, kind in loaded.items():
+        batches[SHARED.format(name)] = [kind.ids[0]] * workload.rows
     batches[MIXED] = base[len(one_each) :] + one_each
     found = {name: {DECODE: Timed(), PREFILL: Timed()} for name in batches}
     for adapters in batches.values():  # unmeasured: memory is touched
@@ -235,7 +246,7 @@ def measure(
         for name, adapters in batches.items():
             time_decode(engine, base, found[name][DECODE].base, workload)
             time_decode(engine, adapters, found[name][DECODE].batch, workload)
-            if name != MIXED:
+            if name == BASE or name in loaded:
                 time_prefill(engine, None, found[name][PREFILL].base, workload)
                 time_prefill(engine, adapters[0], found[name][PREFILL].batch, workload)
     return found
@@ -253,6 +264,45 @@ def time_prefill(
 ) -> None:
     """Append the step."""
     found.append(1e3 * engine.prefill_seconds(adapter, workload))
+
+
+def floors_ms(loaded: dict[str, Loaded], workload: Workload, bandwidth: float) -> dict[str, float]:
+    """Name of the batch -> bytes of its decode step over the bandwidth."""
+    context = workload.context_tokens + workload.decode_steps // 2
+    step = Step(rows=workload.rows, context=context, ranks=[], number_bytes=2)
+    shapes = read_shapes(workload.model, workload.context_tokens)
+    base = total(count_step(shapes, step)).num_bytes
+    num_bytes: dict[str, float] = {BASE: base}
+    for name, kind in loaded.items():
+        of_one = kind.device_bytes + kind.prefix_bytes
+        num_bytes[name] = base + workload.rows * of_one
+        num_bytes[SHARED.format(name)] = base + of_one
+    return {name: 1e3 * count / bandwidth for name, count in num_bytes.items()}
+
+
+def print_decode_table(
+    timings: dict[str, dict[str, Timed]], floors: dict[str, float], bandwidth: float
+) -> None:
+    """Decode steps beside the base's and their floors."""
+    rows = []
+    for name, timed in timings.items():
+        spread = timed[DECODE].spread
+        if spread is not None and name in floors:
+            own = floors[name] - floors[BASE]
+            rows.append(
+                [
+                    name,
+                    f"{spread.median:.1f}",
+                    f"{spread.over_base:.2f}",
+                    f"{floors[name]:.1f}",
+                    f"{spread.median / floors[name]:.2f}",
+                    f"{spread.median * (1 - 1 / spread.over_base):.2f}",
+                    f"{own:.2f}",
+                ]
+            )
+    headings = ["16 rows of", "step, ms", "of the base's", "floor, ms", "of it", "added, ms"]
+    print(f"decode, floors at {bandwidth / 1e9:.1f} GB/s")
+    print(table([*headings, "of which floor, ms"], rows))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -277,12 +327,16 @@ def main() -> None:
     engine = BenchedEngine(workload, options.state_dir)
     loaded = make_and_load(engine, sources, workload.rows, options.seed)
     timings: dict[str, dict[str, object]] = {}
-    for name, timed in measure(engine, loaded, workload).items():
+    measured = measure(engine, loaded, workload)
+    bandwidth = measure_bandwidth()
+    floors = floors_ms(loaded, workload, bandwidth)
+    for name, timed in measured.items():
         timings[name] = {}
         for what, spread in ((what, each.spread) for what, each in timed.items()):
             timings[name][what] = None if spread is None else asdict(spread)
             if spread is not None:
                 print(f"{name}, {what}: {spread}")
+    print_decode_table(measured, floors, bandwidth)
     report = {
         "benchmark": "kinds",
         "machine": describe_machine(),
@@ -296,6 +350,8 @@ def main() -> None:
             for source in sources
         },
         "timings": timings,
+        "bandwidth_bytes_per_second": bandwidth,
+        "decode_floors_ms": floors,
     }
     print(json.dumps(report))
 
