@@ -165,6 +165,23 @@ def step(**options: Any) -> None:
         run(Workload(**options))
 
 
+@bench.command()
+@click.option("--base", default="smollm2", metavar="MODEL", show_default=True, help="The base.")
+@_count("--rows", 16, 2, "Sequences of a decode step.")
+@_count("--context", 64, 1, "Prompt tokens of each.")
+@_count("--steps", 50, 1, "Decode steps of a round, with none, half and all rows constrained.")
+@_count("--rounds", 3, 1, "Of these.")
+def structured(**options: Any) -> None:
+    """Tell what it costs a decode step on this CPU that outputs must match a JSON schema."""
+    from ..server.engine.process import let_idle_threads_sleep
+
+    let_idle_threads_sleep()
+    with _errors_of_use():
+        from .structured import Workload, run
+
+        run(Workload(**options))
+
+
 def _refuse(name: str) -> None:
     """Name a benchmark of a later release."""
 

@@ -39,6 +39,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         stop_token_ids: The request's own.
         logprobs: Alternatives reported per generated token; 0 reports the chosen one alone.
         prompt_logprobs: The same per prompt token.
+        grammar: What the output must match, in llguidance's form; None for anything. It ends
+            where the grammar allows no more, and an end token is chosen only where the grammar
+            allows an end; under ``ignore_eos`` only where it allows nothing else.
     """
 
     max_tokens: int
@@ -56,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 class AdapterWeight(msgspec.Struct, frozen=True, array_like=True):

@@ -18,6 +18,8 @@ from .config import ServeConfig
 from .engine.client import EngineClient, EngineListener
 from .engine.config import EngineConfig
 from .engine.errors import EngineError
+from .grammar.check import GrammarCheck
+from .grammar.vocabulary import VocabularySource
 from .metrics import Metrics
 from .model.errors import ModelError
 from .model.source import resolve_model
@@ -89,11 +91,13 @@ async def _serve(
     declared = DeclaredAdapters(_declared(config), registry)
     async with _running(engine, _listener(metrics, registry)), _opened(config, registry):
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
+        check = GrammarCheck(VocabularySource.of(tokenizer, tokenizer.vocab_size))
         state = AppState(
             engine,
             tokenizer,
             registry,
             metrics,
+            check,
             model_root=str(folder),
             limits=Limits(max_upload_bytes=config.max_upload_size),
             policy=SourcePolicy(config.adapter_sources),

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from ..store.entries import DIGEST_CHARACTERS, plain_digest
-from .protocol import Body
+from .body import Body
 
 _INT64_MAX = 2**63 - 1
 

@@ -18,6 +18,7 @@ from .answers import (
     Usage,
 )
 from .choice import ChoiceDelta, ScoredToken
+from .constrain import output_grammar
 from .generate import Gathered, Job, check_adapters, deltas, make_job
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .prompts import chat_prompt, check_sequences
@@ -35,7 +36,8 @@ async def create_chat_completion(body: ChatBody, request: Request, state: State)
     await check_adapters(body, state)
     check_sequences(body, 1, state)
     prompt = await chat_prompt(body, state)
-    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs)
+    grammar = await output_grammar(body, state)
+    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs, grammar)
     return await respond(request, body, job, deltas(job, state), _Format(body, job, state))
 
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Usage
 from .choice import ChoiceDelta, ScoredToken
+from .constrain import output_grammar
 from .generate import Gathered, Job, check_adapters, deltas, echoed, make_job
 from .logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from .prompts import completion_prompts
@@ -24,7 +25,8 @@ async def create_completion(body: CompletionBody, request: Request, state: State
     """Continue one or more prompts."""
     await check_adapters(body, state)
     prompts = await completion_prompts(body, state)
-    job = make_job("cmpl", body, prompts, state, _prompt_logprobs(body))
+    grammar = await output_grammar(body, state)
+    job = make_job("cmpl", body, prompts, state, _prompt_logprobs(body), grammar)
     source = deltas(job, state)
     if body.echo:
         source = echoed(job, source, state, scored=body.logprobs is not None)

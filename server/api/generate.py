@@ -88,6 +88,7 @@ def make_job(
     prompts: list[TokenPrompt],
     state: AppState,
     prompt_logprobs: int | None,
+    grammar: str | None = None,
 ) -> Job:
     """Fan a request out: choice ``c`` of prompt ``p`` has index ``p * n + c``.
 
@@ -108,7 +109,9 @@ def make_job(
             request = GenerationRequest(
                 request_id=f"{job_id}-{number}-{choice}",
                 prompt_token_ids=prompt.token_ids,
-                sampling=sampling_params(body, choice, max_tokens, end_token_ids, prompt_logprobs),
+                sampling=sampling_params(
+                    body, choice, max_tokens, end_token_ids, prompt_logprobs, grammar
+                ),
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )

@@ -7,8 +7,9 @@ from functools import partial
 from typing import TypeVar
 
 from ..text.tokenizer import ChatTemplateError, Tokenizer
+from .conversation import Conversation
 from .errors import InvalidRequest
-from .protocol import CompletionBody, Conversation, GenerationBody
+from .protocol import CompletionBody, GenerationBody
 from .sampling import check_vocabulary
 from .state import AppState
 

@@ -1,70 +1,25 @@
-"""Request bodies, and the bounds every field must keep.
+"""Request bodies, and the bounds every field must keep."""
 
-Three rules hold for all of them. A null means the default. A field nobody knows is refused by name.
-A field of the OpenAI or vLLM API that this release does not serve is refused by name unless it has
-the value that asks for nothing.
-"""
-
-import json
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from .body import INT32_MAX, INT64_MAX, Body, Text, refuse
+from .conversation import Conversation, Messages, TemplateArguments
+from .output_format import ConstrainedBody
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIASES = 1024
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
-MAX_TEMPLATE_ARGUMENTS = 64
-MAX_FIELDS = 128
 MAX_ADAPTERS = 16
 
-_INT32_MAX = 2**31 - 1
-_INT64_MAX = 2**63 - 1
-
-_ANYTHING = object()
-# Accepted and without effect: they describe the caller, not the answer.
-_INERT: dict[str, object] = dict.fromkeys(("user", "metadata", "safety_identifier"), _ANYTHING)
-# Fields of a later release or of no release, with the values that ask for nothing.
-_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "parallel_tool_calls": (True, False),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "use_beam_search": (False,),
-    "beam_width": (1,),
-    "length_penalty": (1, 1.0),
-    "suffix": ("",),
-}
-
-TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-
-
-def refuse(param: str, message: str) -> PydanticCustomError:
-    """A validation error of a whole body that still names the field at fault."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
 
 
 def _kind_of_prompt(value: object) -> str | None:
@@ -92,42 +47,6 @@ Prompt = Annotated[
 ]
 
 
-class Body(BaseModel):
-    """What every request body shares."""
-
-    # A bound on text, and it may be any, makes pydantic refuse lone surrogates: they are no UTF-8
-    # and could reach neither the tokenizer nor the engine.
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, str_max_length=_INT32_MAX
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_nothing(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MAX_FIELDS:
-            # Collecting an error for each of a million unknown fields would hold up every stream.
-            raise PydanticCustomError("fields", "more than {n} fields", {"n": MAX_FIELDS})
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None and not cls._asks_nothing(name, value)
-        }
-
-    @classmethod
-    def _asks_nothing(cls, name: str, value: object) -> bool:
-        if name in cls.model_fields:
-            return False
-        if name in _INERT:
-            return True
-        if name not in _ASKS_NOTHING:
-            return False
-        if any(type(value) is type(idle) and value == idle for idle in _ASKS_NOTHING[name]):
-            return True
-        raise refuse(name, f"{name!r} is not served by this release; leave it out.")
-
-
 class StreamOptions(Body):
     """What a stream carries beside text."""
 
@@ -153,7 +72,7 @@ class WeightedAdapter(Body):
     weight: float = Field(default=1.0, ge=-100, le=100)
 
 
-class GenerationBody(Body):
+class GenerationBody(ConstrainedBody):
     """The fields that completions and chat completions share."""
 
     default_max_tokens: ClassVar[int | None] = None
@@ -165,11 +84,11 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
-    max_tokens: int | None = Field(default=None, ge=1, le=_INT32_MAX)
-    min_tokens: int = Field(default=0, ge=0, le=_INT32_MAX)
+    max_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
+    min_tokens: int = Field(default=0, ge=0, le=INT32_MAX)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1, le=_INT32_MAX)
+    top_k: int = Field(default=0, ge=-1, le=INT32_MAX)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -177,7 +96,7 @@ class GenerationBody(Body):
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
     ] = Field(default_factory=dict)
-    seed: int | None = Field(default=None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
+    seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
     # The bounds come before the validator, so that they hold before any item is looked at.
     stop: Annotated[
         list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_one_as_list)
@@ -189,7 +108,7 @@ class GenerationBody(Body):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
-    priority: int = Field(default=0, ge=-_INT32_MAX, le=_INT32_MAX)
+    priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
 
     @field_validator("logit_bias")
     @classmethod
@@ -244,64 +163,12 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-class TextPart(Body):
-    """A part of a message; text is the only kind a language model takes."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
-    name: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _parts_are_text(cls, value: Any) -> Any:
-        parts = value if isinstance(value, list) else []
-        kinds = (part.get("type") for part in parts if isinstance(part, dict))
-        if other := next((kind for kind in kinds if kind != "text"), None):
-            message = "a content part of type {kind} is not served; only text is"
-            raise PydanticCustomError("content_part", message, {"kind": repr(other)})
-        return value
-
-    def flat(self) -> dict[str, str]:
-        """The turn as templates take it: one string; 'developer' is the new name of 'system'."""
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
-        role = "system" if self.role == "developer" else self.role
-        turn = {"role": role, "content": "\n".join(parts)}
-        return turn if self.name is None else turn | {"name": self.name}
-
-
-def _is_utf8(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuse lone surrogates where no type of a field does; UnicodeEncodeError is a ValueError."""
-    json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-TemplateArguments = Annotated[
-    dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS), AfterValidator(_is_utf8)
-]
-
-
-class Conversation(Body):
-    """What a chat template is rendered from."""
-
-    messages: Messages
-    add_generation_prompt: bool = True
-    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
-
-
 class ChatBody(GenerationBody, Conversation):
     """``POST /v1/chat/completions``."""
 
     prompt_field: ClassVar[str] = "messages"
 
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=_INT32_MAX)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 

@@ -51,6 +51,7 @@ def sampling_params(
     max_tokens: int,
     end_token_ids: tuple[int, ...],
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """How choice number ``choice`` of a prompt is sampled."""
     return SamplingParams(
@@ -69,6 +70,7 @@ def sampling_params(
         stop_token_ids=tuple(body.stop_token_ids),
         logprobs=body.num_logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from ..engine.errors import EngineUnavailable
 from ..engine.messages import EngineInfo
+from ..grammar.check import GrammarCheck
 from ..metrics import Metrics
 from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
@@ -45,6 +46,7 @@ class AppState:
         tokenizer: Of the base model.
         registry: The adapters.
         metrics: What ``/metrics`` shows.
+        check_grammar: Says whether the engine will take a grammar.
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
@@ -56,6 +58,7 @@ class AppState:
     tokenizer: Tokenizer
     registry: AdapterRegistry
     metrics: Metrics
+    check_grammar: GrammarCheck
     model_root: str
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY

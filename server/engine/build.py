@@ -15,6 +15,7 @@ from ...adapters.primitives.primitive import ALIGNMENT_BYTES
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
 from ..composition import Room
+from ..grammar.vocabulary import Vocabulary, VocabularySource
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
 from ..runner.graphs import CudaCapture, StepGraphs, decode_buckets
@@ -23,9 +24,11 @@ from ..runner.stage import make_stage
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
+from ..text.tokenizer import Tokenizer, TokenizerError
 from .config import ADAPTER_SHARE, EngineConfig
 from .core import Engine
 from .errors import EngineMisconfigured
+from .grammars import GrammarCompiler
 from .host_tier import HostTier, Lower
 from .messages import EngineInfo
 
@@ -45,6 +48,7 @@ class EngineParts:
     runner: Runner
     host: HostTier
     residency: Residency[LoweredAdapter, Placement]
+    grammars: GrammarCompiler
     room: Room
     info: EngineInfo
 
@@ -56,6 +60,7 @@ class EngineParts:
             self.runner,
             self.host,
             self.residency,
+            self.grammars,
             self.decoder.layout,
             self.room,
         )
@@ -122,7 +127,8 @@ def build_parts(
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
     info = _info(config, decoder, backend, limits, num_blocks, room)
-    return EngineParts(decoder, scheduler, blocks, runner, host, residency, room, info)
+    grammars = GrammarCompiler(_vocabulary(config, limits.vocab_size), host.wakeup)
+    return EngineParts(decoder, scheduler, blocks, runner, host, residency, grammars, room, info)
 
 
 def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -148,11 +154,20 @@ def _graphs(config: EngineConfig, decoder: Decoder, backend: Backend) -> StepGra
     return StepGraphs(CudaCapture(most, decoder.config.vocab_size, device))
 
 
+def _vocabulary(config: EngineConfig, vocab_size: int) -> Vocabulary:
+    try:
+        tokenizer = Tokenizer.from_pretrained(config.model_folder)
+    except TokenizerError as error:
+        raise EngineMisconfigured(str(error)) from error
+    return VocabularySource.of(tokenizer, vocab_size).load()
+
+
 def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:
     """What the arrays of the largest step take, and as much again for those of the sampler."""
     tables = limits.max_num_seqs * 4 * -(-limits.max_model_len // block_size)
     rows = 256 * (limits.max_num_batched_tokens + limits.max_num_seqs)
-    return 2 * (2 * tables + rows) + (1 << 20)
+    masks = limits.max_num_seqs * (limits.vocab_size // 8 + 64)
+    return 2 * (2 * tables + rows) + masks + (1 << 20)
 
 
 def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, int]:

@@ -16,12 +16,15 @@ from ...adapters.layout import BaseLayout
 from ...adapters.primitives.lowered import LoweredAdapter
 from ..composition import Composable, CompositionRefused, Room, check_room
 from ..generation import FinishReason, GenerationRequest, SequenceUpdate
+from ..grammar.constraint import GrammarRefused
+from ..grammar.matcher import Matcher
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.errors import SequenceRefused
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
 from .composition import composable, use_adapters
+from .grammars import GrammarCompiler
 from .host_tier import HostTier, LoadResult
 from .messages import (
     Abort,
@@ -63,11 +66,13 @@ class _Live:
         request: What was asked for.
         holding: Whether it keeps its adapters in host memory, or has them loaded.
         missing: Of these, the ones that are not there yet.
+        matcher: Follows its output, once its grammar has been compiled.
     """
 
     request: GenerationRequest
     holding: bool = False
     missing: set[int] = field(default_factory=set)
+    matcher: Matcher | None = None
 
 
 class Engine:
@@ -80,6 +85,7 @@ class Engine:
         runner: Runner,
         host: HostTier,
         residency: Residency[LoweredAdapter, Placement],
+        grammars: GrammarCompiler,
         layout: BaseLayout,
         adapter_room: Room,
     ) -> None:
@@ -91,6 +97,7 @@ class Engine:
         self._runner = runner
         self._host = host
         self._residency = residency
+        self._grammars = grammars
         self._registrations: dict[int, _Registration] = {}
         self._live: dict[str, _Live] = {}
         self._gathering: deque[_Live] = deque()
@@ -126,7 +133,11 @@ class Engine:
         self._gather()
 
     def take_loads(self) -> None:
-        """Take in the loads that ended in the background."""
+        """Take in the loads that ended in the background, of grammars too."""
+        for request_id in self._grammars.completed():
+            if request_id in self._live:
+                self._submit_compiled(self._live[request_id])
+                self._stats_stale = True
         for result in self._host.completed():
             self._end_load(result)
             self._stats_stale = True
@@ -142,6 +153,11 @@ class Engine:
             self._report(update)
         self._step_tokens = plan.num_tokens
         self._stats_stale = True
+
+    def close(self) -> None:
+        """End the threads beside the engine's own."""
+        self._grammars.close()
+        self._host.close()
 
     def check_integrity(self) -> None:
         """Balance the books of blocks, sequences and resident adapters.
@@ -167,6 +183,18 @@ class Engine:
 
     def _submit(self, request: GenerationRequest) -> None:
         live = self._live[request.request_id] = _Live(request)
+        grammar = request.sampling.grammar
+        if grammar is None or self._grammars.ask(grammar, request.request_id):
+            self._submit_compiled(live)
+
+    def _submit_compiled(self, live: _Live) -> None:
+        """Go on with a request whose grammar, if it has one, is there."""
+        request = live.request
+        try:
+            live.matcher = self._grammars.matcher(request)
+        except GrammarRefused as error:
+            self._report(_failed(request.request_id, f"its grammar is refused: {error}"))
+            return
         ready = all(self._host.is_ready(each.adapter_id) for each in request.adapters)
         if ready or len(request.adapters) == 1:
             self._hold(live)
@@ -196,7 +224,7 @@ class Engine:
                 live.missing.add(each.adapter_id)
                 self._registrations[each.adapter_id].waiting.add(request.request_id)
         if not live.missing:
-            self._start(request)
+            self._start(live)
 
     def _refusal(self, request: GenerationRequest) -> str | None:
         """Why its adapters cannot be had; None if they can."""
@@ -210,12 +238,13 @@ class Engine:
             return str(error)
         return None
 
-    def _start(self, request: GenerationRequest) -> None:
+    def _start(self, live: _Live) -> None:
+        request = live.request
         self._arrivals += 1
         adapters = [self._host.lowered(each.adapter_id) for each in request.adapters]
         try:
             use = use_adapters(request, adapters, self._layout)
-            self._scheduler.add(Sequence(request, use, self._arrivals))
+            self._scheduler.add(Sequence(request, use, self._arrivals, live.matcher))
         except SequenceRefused as error:
             self._report(_failed(request.request_id, str(error)))
 
@@ -254,7 +283,7 @@ class Engine:
             for live in waiting:
                 live.missing.discard(result.adapter_id)
                 if not live.missing:
-                    self._start(live.request)
+                    self._start(live)
         else:
             for live in waiting:
                 reason = f"its adapter could not be loaded: {result.outcome}"

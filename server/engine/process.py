@@ -71,7 +71,7 @@ def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
     while True:
         for command in mailbox.receive(wait=not engine.has_work):
             if isinstance(command, Shutdown):
-                host.close()
+                engine.close()
                 return
             engine.handle(command)
         engine.take_loads()

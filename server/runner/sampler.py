@@ -1,10 +1,11 @@
 """Chooses one token per row of logits.
 
 Order of operations, per row, as in vLLM: log-probabilities are read from the raw logits; then logit
-bias, penalties and the mask of early end tokens; greedy rows take the largest logit; the others are
-divided by the temperature and filtered by min_p, top_k and top_p. The draw inverts the distribution
-function in vocabulary order at a number that depends on (seed, index of the token) alone, so that a
-row does not depend on its neighbours and tiny differences of rounding almost never move it.
+bias, penalties, the masks of early end tokens and of what a grammar excludes; greedy rows take the
+largest logit; the others are divided by the temperature and filtered by min_p, top_k and top_p. The
+draw inverts the distribution function in vocabulary order at a number that depends on (seed, index
+of the token) alone, so that a row does not depend on its neighbours and tiny differences of
+rounding almost never move it.
 
 All of it happens on the device, whose results come to the host in one copy. Only a row whose
 nucleus is larger than the tokens that are looked at first is drawn once more afterwards.
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
 from .filters import filtered, invert, place_filters, uniforms
+from .masks import exclude_tokens
 from .reports import logprobs_of, pack_report, report_logprobs, unpack_report
 from .stage import HostStage, Stage
 
@@ -114,9 +116,15 @@ def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> li
     return [
         Choice(token_ids[row], _cut(by_row.get(row), sequence.sampling.logprobs))
         if usable[row]
-        else Choice(None, error="no token can be chosen: the logits of this request are not finite")
+        else Choice(None, error=_why_unusable(sequence))
         for row, sequence in enumerate(sequences)
     ]
+
+
+def _why_unusable(sequence: Sequence) -> str:
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return sequence.matcher.error
+    return "no token can be chosen: the logits of this request are not finite"
 
 
 def _most_asked(reporting: Seq[int], sequences: Seq[Sequence]) -> int:
@@ -156,7 +164,7 @@ def _draw_again(
 
 
 def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = None) -> None:
-    """Apply logit bias, penalties and the mask of early end tokens to (rows, vocab) in place."""
+    """Apply logit bias, penalties and masks to (rows, vocab) in place."""
     way = HostStage() if stage is None else stage
     vocab, flat = logits.shape[1], logits.view(-1)
     biases = {
@@ -172,16 +180,23 @@ def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = 
     for row, sequence in enumerate(sequences):
         if _has_penalties(sequence.sampling):
             _penalize(logits[row], sequence, way)
+    exclude_tokens(logits, sequences, way)
     masked = [
         row * vocab + token_id
         for row, sequence in enumerate(sequences)
-        if sequence.num_output_tokens < sequence.sampling.min_tokens
+        if _is_too_early(sequence)
         for token_id in (*sequence.sampling.end_token_ids, *sequence.sampling.stop_token_ids)
     ]
     if masked:
         index = way.place(np.array(masked, dtype=np.int64))
         way.flush()
         flat.index_fill_(0, index, float("-inf"))
+
+
+def _is_too_early(sequence: Sequence) -> bool:
+    """Whether it may not end yet; a grammar that allows nothing else lets it."""
+    must_end = sequence.matcher is not None and sequence.matcher.must_end
+    return sequence.num_output_tokens < sequence.sampling.min_tokens and not must_end
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -19,7 +19,8 @@ def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> Se
     """Append the new token, and say what there is to report; None if nothing.
 
     A sequence ends, in this order, with ERROR if its row is unusable, STOP at an end or stop token
-    after at least ``min_tokens`` tokens, LENGTH at ``max_tokens`` or at ``max_len`` tokens in all.
+    after at least ``min_tokens`` tokens or where its grammar allows no more, LENGTH at
+    ``max_tokens`` or at ``max_len`` tokens in all.
 
     Raises:
         ValueError: The result has a token where none was to be sampled, or none where one was.
@@ -36,15 +37,18 @@ def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> Se
     if result.token_id is None:
         return _prompt_update(sequence, prompt_logprobs)
     sequence.token_ids.append(result.token_id)
-    finish_reason = _finish_reason(sequence, result.token_id, max_len)
+    stops = _is_stop_token(sequence, result.token_id)
+    matcher = sequence.matcher
+    if matcher is not None and not stops and not matcher.accept(result.token_id):
+        return failed(sequence, matcher.error or "its output does not match its grammar")
     return SequenceUpdate(
         request_id=sequence.request.request_id,
         token_ids=[result.token_id],
         logprobs=[] if result.logprobs is None else [result.logprobs],
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=sequence.num_cached_tokens,
-        finish_reason=finish_reason,
-        stop_token_id=result.token_id if finish_reason is FinishReason.STOP else None,
+        finish_reason=FinishReason.STOP if stops else _finish_reason(sequence, max_len),
+        stop_token_id=result.token_id if stops else None,
     )
 
 
@@ -71,12 +75,20 @@ def _prompt_update(
     )
 
 
-def _finish_reason(sequence: Sequence, token_id: int, max_len: int) -> FinishReason | None:
-    sampling = sequence.sampling
-    num_output = sequence.num_output_tokens
+def _is_stop_token(sequence: Sequence, token_id: int) -> bool:
+    """Whether it ends the sequence; a grammar that allows nothing else overrules ``min_tokens``."""
+    sampling, matcher = sequence.sampling, sequence.matcher
+    if matcher is not None and token_id in matcher.end_token_ids:
+        return True
     ends = token_id in sampling.end_token_ids or token_id in sampling.stop_token_ids
-    if ends and num_output > sampling.min_tokens:
+    return ends and sequence.num_output_tokens > sampling.min_tokens
+
+
+def _finish_reason(sequence: Sequence, max_len: int) -> FinishReason | None:
+    """Why it ends with a token that is no end or stop token; None if it goes on."""
+    if sequence.matcher is not None and sequence.matcher.is_complete:
         return FinishReason.STOP
-    if num_output >= sampling.max_tokens or len(sequence.token_ids) >= max_len:
+    num_output = sequence.num_output_tokens
+    if num_output >= sequence.sampling.max_tokens or len(sequence.token_ids) >= max_len:
         return FinishReason.LENGTH
     return None

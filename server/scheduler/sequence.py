@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..generation import GenerationRequest, SamplingParams
+from .token_matcher import TokenMatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Sequence:
         request: What was asked for.
         adapters: What its adapters do to it.
         arrival: Order of arrival, which breaks ties of priority.
+        matcher: Follows its output, where that must match a grammar.
         token_ids: Prompt and output.
         num_computed_tokens: Leading tokens whose keys and values are in the cache.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
@@ -101,6 +103,7 @@ class Sequence:
     request: GenerationRequest
     adapters: AdapterUse
     arrival: int
+    matcher: TokenMatcher | None = None
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0

@@ -79,6 +79,10 @@ class Tokenizer:
         """Whether the base knows conversations."""
         return bool(self._tokenizer.chat_template)
 
+    def serialized(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the model's own first tokens unless told otherwise."""
         [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)

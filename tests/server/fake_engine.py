@@ -29,6 +29,8 @@ from deltamux.server.generation import (
     SequenceUpdate,
     TokenLogprobs,
 )
+from deltamux.server.grammar.check import GrammarCheck
+from deltamux.server.grammar.vocabulary import VocabularySource
 from deltamux.server.metrics import Metrics
 from deltamux.server.store.registry import AdapterRegistry
 from deltamux.server.store.sources import SourcePolicy
@@ -211,8 +213,10 @@ def leave_when_stalled(server: Running, path: str, body: dict[str, object], time
 def make_state(
     engine: FakeEngine, registry: AdapterRegistry, limits: Limits, policy: SourcePolicy
 ) -> AppState:
+    check = GrammarCheck(VocabularySource.of(engine.tokenizer, engine.tokenizer.vocab_size))
+    metrics = Metrics(BASE)
     state = AppState(
-        engine, engine.tokenizer, registry, Metrics(BASE), "some/folder", limits, policy
+        engine, engine.tokenizer, registry, metrics, check, "some/folder", limits, policy
     )
     state.started.set()
     return state
@@ -246,3 +250,4 @@ def serving(
         finally:
             server.should_exit = True
             thread.join()
+            state.check_grammar.close()

@@ -130,7 +130,7 @@ class EngineHarness:
                 self._take(update)
 
     def close(self) -> None:
-        self.host.close()
+        self.engine.close()
 
     def _take(self, update) -> None:
         entry = self.received[update.request_id]

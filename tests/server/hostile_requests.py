@@ -57,7 +57,7 @@ OUT_OF_RANGE = [
     *[("cache_salt", value) for value in ("", "x" * 257, "x" * 10**6)],
     ("best_of", 2),
     ("stream_options", {"include_usage": True}),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_object", "schema": {}}),
     ("tools", [{"type": "function"}]),
     ("adapters", "small"),
     ("adapters", [{"name": 5}]),
@@ -65,7 +65,11 @@ OUT_OF_RANGE = [
     ("adapters", [{"name": "small", "weight": "1"}]),
     ("adapters", [{"name": "small"}] * 2),
     ("adapters", [{"name": "small"}] * 10**5),
-    ("guided_regex", "(a+)+$"),
+    # This ends the process that judges; the others start it again.
+    ("guided_json", {"allOf": [{"pattern": f"a{{{number}}}"} for number in range(1, 40)]}),
+    *[("guided_regex", value) for value in ("", "(", "(?=a)b", "\ud800", 5)],
+    ("guided_json", {"enum": ["\ud800"]}),
+    ("guided_choice", ["x" * 300_000]),
     ("__class__", 1),
 ]
 
@@ -114,6 +118,8 @@ ODD_BUT_GOOD = [
     {"temperature": 1e-300},
     {"repetition_penalty": 100, "presence_penalty": 2, "frequency_penalty": -2},
     {"n": 128, "temperature": 0},
+    {"guided_regex": "(a+)+$"},
+    {"guided_choice": ["\x00", "\u202e", '"', "\\"]},
 ]
 
 BAD_MODELS = ["nope", "../base", "small@wrongdigest", "small@", "base:nope", "base@1", "x" * 10**6]

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltamux.server.grammar.judge import PROCESS_NAME
+
 _READY = re.compile(r"ready on (http://\S+)")
 
 
@@ -32,11 +34,12 @@ class RunningServer:
         ]
 
     def engine_pid(self) -> int:
-        """Process id of the engine, which is named on its command line by multiprocessing."""
+        """Process id of the engine: multiprocessing started it, and it is not the judge."""
         [pid] = [
             child
             for child in self.children()
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+            and Path(f"/proc/{child}/comm").read_text().strip() != PROCESS_NAME
         ]
         return pid
 

@@ -29,6 +29,8 @@ from deltamux.adapters.primitives.lowered import LoweredAdapter
 from deltamux.kernels.gpu.backend import triton_backend
 from deltamux.server.engine.build import pinned
 from deltamux.server.engine.composition import use_adapters
+from deltamux.server.grammar.matcher import Matcher
+from deltamux.server.grammar.vocabulary import Vocabulary, VocabularySource
 from deltamux.server.model import builder
 from deltamux.server.model.base import ServedBase, load_base
 from deltamux.server.model.blocks import RMSNorm as PlainRMSNorm
@@ -38,10 +40,12 @@ from deltamux.server.runner.runner import Runner, StepInputs
 from deltamux.server.runner.stage import PinnedStage
 from deltamux.server.scheduler.plan import ScheduledSequence, StepPlan
 from deltamux.server.scheduler.sequence import NO_ADAPTER, Sequence
+from deltamux.server.text.tokenizer import Tokenizer
 
 from ..kinds import goldens, variants
 from ..peft_zoo import PeftOracle
 from ..plain_zoo import PLAIN_VARIANTS
+from ..tiny_models import make_tokenizer
 from .harness import make_request
 
 CUDA = torch.device("cuda:0")
@@ -101,6 +105,7 @@ class Traced:
     ids: dict[str, int]
     base: ServedBase
     mode: FakeTensorMode
+    vocabulary: Vocabulary
 
     def sequence(self, name: str | None, decoding: bool, **sampling) -> Sequence:
         adapter = None if name is None else self.adapters[name]
@@ -114,13 +119,18 @@ class Traced:
         use = NO_ADAPTER
         if adapter is not None:
             use = use_adapters(request, [adapter], self.base.layout)
-        sequence = Sequence(request, use, 0)
+        sequence = Sequence(request, use, 0, self._matcher(request.sampling.grammar))
         sequence.block_table = list(range(8))
         if use.prefix is not None:
             sequence.prefix_blocks = list(range(-(-use.prefix.length // BLOCK)))
         if decoding:
             sequence.token_ids.append(7)
         return sequence
+
+    def _matcher(self, grammar: str | None) -> Matcher | None:
+        if grammar is None:
+            return None
+        return Matcher(self.vocabulary.compile(grammar), self.vocabulary, may_end_early=True)
 
     def step(self, sequences: list[Sequence], decoding: bool) -> StepPlan:
         return StepPlan(
@@ -220,7 +230,9 @@ def make_traced(model: Path, lowered: dict[str, LoweredAdapter], mode: FakeTenso
         stage,
         decode_buckets(MAX_SEQS),
     )
-    return Traced(runner, lowered, ids, base, mode)
+    tokenizer = Tokenizer(make_tokenizer())
+    vocabulary = VocabularySource.of(tokenizer, tokenizer.vocab_size).load()
+    return Traced(runner, lowered, ids, base, mode, vocabulary)
 
 
 @torch.inference_mode()
@@ -250,6 +262,7 @@ SAMPLING = (
     {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
     {"logit_bias": {5: 1.0}, "min_tokens": 3, "end_token_ids": [2]},
     {"repetition_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": 0.2},
+    {"grammar": "start: /[a-z]+/", "temperature": 0.8, "logprobs": 2},
 )
 
 

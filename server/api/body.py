@@ -1,0 +1,89 @@
+"""What every request body shares.
+
+Three rules hold for all of them. A null means the default. A field nobody knows is refused by name.
+A field of the OpenAI or vLLM API that this release does not serve is refused by name unless it has
+the value that asks for nothing.
+"""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_FIELDS = 128
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+_ANYTHING = object()
+# Accepted and without effect: they describe the caller, not the answer.
+_INERT: dict[str, object] = dict.fromkeys(("user", "metadata", "safety_identifier"), _ANYTHING)
+# Fields of a later release or of no release, with the values that ask for nothing.
+_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "parallel_tool_calls": (True, False),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "guided_decoding_backend": ("auto", "guidance"),
+    "modalities": (["text"],),
+    "use_beam_search": (False,),
+    "beam_width": (1,),
+    "length_penalty": (1, 1.0),
+    "suffix": ("",),
+}
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+def refuse(param: str, message: str) -> PydanticCustomError:
+    """A validation error of a whole body that still names the field at fault."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+
+
+class Body(BaseModel):
+    """What every request body shares."""
+
+    # A bound on text, and it may be any, makes pydantic refuse lone surrogates: they are no UTF-8
+    # and could reach neither the tokenizer nor the engine.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, str_max_length=INT32_MAX
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_nothing(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            # Collecting an error for each of a million unknown fields would hold up every stream.
+            raise PydanticCustomError("fields", "more than {n} fields", {"n": MAX_FIELDS})
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and not cls._asks_nothing(name, value)
+        }
+
+    @classmethod
+    def _asks_nothing(cls, name: str, value: object) -> bool:
+        if name in cls.model_fields:
+            return False
+        if name in _INERT:
+            return True
+        if name not in _ASKS_NOTHING:
+            return False
+        if any(type(value) is type(idle) and value == idle for idle in _ASKS_NOTHING[name]):
+            return True
+        raise refuse(name, f"{name!r} is not served by this release; leave it out.")
+
+
+def is_utf8(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse lone surrogates where no type of a field does; UnicodeEncodeError is a ValueError."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(is_utf8)]
