@@ -176,7 +176,7 @@ def structured(**options: Any) -> None:
     from ..server.engine.process import let_idle_threads_sleep
 
     let_idle_threads_sleep()
-    with _errors_of_use():
+    with errors_of_use():
         from .structured import Workload, run
 
         run(Workload(**options))

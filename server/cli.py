@@ -285,6 +285,12 @@ def cli() -> None:
     help="Launch decode steps on a GPU kernel by kernel.",
 )
 @_option(
+    "--tool-call-parser",
+    type=click.Choice(["auto", "hermes", "mistral", "llama3_json"]),
+    default="auto",
+    help="How the base writes tool calls; auto: as its chat template teaches.",
+)
+@_option(
     "--kernels",
     type=click.Choice(["auto", "compiled", "triton", "interpret", "reference"]),
     default="auto",

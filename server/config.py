@@ -38,6 +38,7 @@ class ServeConfig:
     host_memory_budget: int
     prefix_caching: bool
     cuda_graphs: bool
+    tool_call_parser: str
 
 
 def default_state_dir() -> Path:

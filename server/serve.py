@@ -32,6 +32,7 @@ from .store.records import Records
 from .store.registry import AdapterRegistry
 from .store.sources import SourcePolicy
 from .text.tokenizer import Tokenizer, TokenizerError
+from .tools.formats import FORMATS, ToolFormat, format_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +93,14 @@ async def _serve(
     async with _running(engine, _listener(metrics, registry)), _opened(config, registry):
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
         check = GrammarCheck(VocabularySource.of(tokenizer, tokenizer.vocab_size))
+        tools = _tool_format(config.tool_call_parser, tokenizer)
         state = AppState(
             engine,
             tokenizer,
             registry,
             metrics,
             check,
+            tools,
             model_root=str(folder),
             limits=Limits(max_upload_bytes=config.max_upload_size),
             policy=SourcePolicy(config.adapter_sources),
@@ -152,6 +155,10 @@ async def _opened(config: ServeConfig, registry: AdapterRegistry) -> AsyncIterat
     finally:
         writing.cancel()
         await registry.close()
+
+
+def _tool_format(name: str, tokenizer: Tokenizer) -> ToolFormat | None:
+    return format_of(tokenizer.chat_template) if name == "auto" else FORMATS[name]
 
 
 async def _start_up(

@@ -21,8 +21,8 @@ from .adapter_bodies import (
     UnloadLoraBody,
 )
 from .adapter_cards import Cards
+from .body import Body
 from .errors import InvalidRequest, InvalidUserInput, NotFound
-from .protocol import Body
 from .security import is_upload, json_only, loopback_only, require_json, require_own_page
 from .state import AppState, State
 

@@ -89,10 +89,35 @@ class Completion(Struct, frozen=True):
     object: str = "text_completion"
 
 
-class ChatMessage(Struct, frozen=True):
-    """The turn the model adds."""
+class CalledFunction(Struct, frozen=True):
+    """A function and the text of a JSON object, its arguments."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class CalledTool(Struct, frozen=True):
+    """A call that the model makes."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class CalledToolDelta(Struct, frozen=True):
+    """A call that a chunk adds, whole."""
+
+    index: int
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class ChatMessage(Struct, frozen=True):
+    """The turn the model adds: text, calls, or both."""
+
+    content: str | None
+    tool_calls: list[CalledTool] | UnsetType = UNSET
     role: str = "assistant"
     refusal: None = None
 
@@ -126,6 +151,7 @@ class ChatDelta(Struct, frozen=True):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[CalledToolDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):

@@ -1,5 +1,6 @@
 """``POST /v1/chat/completions``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,6 @@ from .answers import (
     Usage,
 )
 from .choice import ChoiceDelta, ScoredToken
-from .constrain import output_grammar
 from .generate import Gathered, Job, check_adapters, deltas, make_job
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .prompts import chat_prompt, check_sequences
@@ -26,6 +26,8 @@ from .protocol import ChatBody
 from .respond import respond
 from .security import json_only
 from .state import AppState, State
+from .tool_fields import NamedTool
+from .tools import ChoiceCalls, chat_grammar, shows_special_tokens, tool_format, whole_calls
 
 router = APIRouter()
 
@@ -35,10 +37,14 @@ async def create_chat_completion(body: ChatBody, request: Request, state: State)
     """Add the model's turn to a conversation."""
     await check_adapters(body, state)
     check_sequences(body, 1, state)
+    tools = tool_format(body, state)
     prompt = await chat_prompt(body, state)
-    grammar = await output_grammar(body, state)
-    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs, grammar)
-    return await respond(request, body, job, deltas(job, state), _Format(body, job, state))
+    grammar = await chat_grammar(body, tools, state)
+    skips = not shows_special_tokens(tools, state)
+    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs, grammar, skips)
+    named = isinstance(body.tool_choice, NamedTool)
+    calls = [ChoiceCalls(tools, named) for _ in job.choices]
+    return await respond(request, body, job, deltas(job, state), _Format(body, job, state, calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class _Format:
     body: ChatBody
     job: Job
     state: AppState
+    calls: Sequence[ChoiceCalls]
 
     def opening(self) -> list[ChatChunk]:
         """The role of every choice; the prompt's tokens, where asked for, come with the first."""
@@ -65,11 +72,15 @@ class _Format:
         ]
 
     def chunk(self, delta: ChoiceDelta, usage: Usage | UnsetType | None) -> ChatChunk:
+        calls = self.calls[delta.index]
+        text, called = calls.take(delta.text, delta.finish_reason is not None)
         choice = ChatChunkChoice(
             index=delta.index,
-            delta=ChatDelta(content=delta.text),
+            delta=ChatDelta(
+                content=UNSET if called and not text else text, tool_calls=called or UNSET
+            ),
             logprobs=self._logprobs(delta.scored),
-            finish_reason=delta.finish_reason,
+            finish_reason=calls.finish_reason(delta.finish_reason),
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if self.body.return_token_ids else UNSET,
         )
@@ -90,11 +101,14 @@ class _Format:
         )
 
     def _choice(self, choice: Gathered) -> ChatChoice:
+        calls = self.calls[choice.index]
+        text, called = calls.take(choice.text, is_last=True)
+        tool_calls = whole_calls(called) or UNSET
         return ChatChoice(
             index=choice.index,
-            message=ChatMessage(choice.text),
+            message=ChatMessage(None if called and not text else text, tool_calls),
             logprobs=self._logprobs(choice.scored),
-            finish_reason=choice.finish_reason,
+            finish_reason=calls.finish_reason(choice.finish_reason) or "",
             stop_reason=choice.stop_reason,
             token_ids=choice.token_ids if self.body.return_token_ids else UNSET,
         )

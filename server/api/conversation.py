@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .body import Body, JsonObject
+from .tool_fields import MAX_TOOLS, CalledTool, Tool
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -20,11 +21,18 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    A turn of the assistant may have calls beside or instead of text, one of a tool answers a call.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] = ""
     name: str | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] = Field(
+        default_factory=list
+    )
+    tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -36,12 +44,27 @@ class Message(Body):
             raise PydanticCustomError("content_part", message, {"kind": repr(other)})
         return value
 
-    def flat(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only a turn of the assistant has 'tool_calls'")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "tool_call_id", "a turn of a tool has 'tool_call_id', and no other turn does"
+            )
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise PydanticCustomError("content", "the turn has no 'content'")
+        return self
+
+    def flat(self) -> dict[str, Any]:
         """The turn as templates take it: one string; 'developer' is the new name of 'system'."""
         parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
         role = "system" if self.role == "developer" else self.role
-        turn = {"role": role, "content": "\n".join(parts)}
-        return turn if self.name is None else turn | {"name": self.name}
+        turn: dict[str, Any] = {"role": role, "content": "\n".join(parts)}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        named = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return turn | {name: value for name, value in named.items() if value is not None}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -54,3 +77,8 @@ class Conversation(Body):
     messages: Messages
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model is told that it may call."""
+        return []

@@ -89,6 +89,7 @@ def make_job(
     state: AppState,
     prompt_logprobs: int | None,
     grammar: str | None = None,
+    skip_special_tokens: bool = True,
 ) -> Job:
     """Fan a request out: choice ``c`` of prompt ``p`` has index ``p * n + c``.
 
@@ -115,9 +116,8 @@ def make_job(
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )
-            choices.append(
-                Choice(len(choices), prompt, request, tuple(body.stop), body.skip_special_tokens)
-            )
+            skips = body.skip_special_tokens and skip_special_tokens
+            choices.append(Choice(len(choices), prompt, request, tuple(body.stop), skips))
     return Job(job_id, chosen, prompts, choices)
 
 

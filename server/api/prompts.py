@@ -68,13 +68,14 @@ async def chat_prompt(
         InvalidRequest: There is no template or it refuses; the prompt is too long.
     """
     messages = [message.flat() for message in body.messages]
+    tools = [tool.for_template() for tool in body.offered_tools]
 
     def render() -> str:
         return state.tokenizer.render_chat(
-            messages, body.add_generation_prompt, body.chat_template_kwargs
+            messages, body.add_generation_prompt, body.chat_template_kwargs, tools or None
         )
 
-    characters = sum(len(message["content"]) for message in messages)
+    characters = sum(len(message["content"]) for message in messages) + len(str(tools))
     check_characters(characters, state, "messages")
     try:
         text = await _aside(render, characters, state)

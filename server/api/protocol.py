@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from .body import INT32_MAX, INT64_MAX, Body, Text, refuse
 from .conversation import Conversation, Messages, TemplateArguments
 from .output_format import ConstrainedBody
+from .tool_fields import NamedTool, Tool, ToolChoice, Tools
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -169,6 +170,9 @@ class ChatBody(GenerationBody, Conversation):
     prompt_field: ClassVar[str] = "messages"
 
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -180,7 +184,29 @@ class ChatBody(GenerationBody, Conversation):
             self.max_tokens != self.max_completion_tokens
         ):
             raise refuse("max_tokens", "'max_tokens' and 'max_completion_tokens' differ.")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise refuse("tool_choice", "'tool_choice' needs 'tools'.")
+        if isinstance(self.tool_choice, NamedTool) and not self.forced_tools:
+            raise refuse("tool_choice", "'tool_choice' names a function that is not in 'tools'.")
+        if self.offered_tools and self.constraint is not None:
+            raise refuse(
+                self.constraint[0].partition(".")[0],
+                f"{self.constraint[0]!r} does not go together with tools that may be called.",
+            )
         return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model is told that it may call: nothing, where it may call nothing."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """Those of which one must be called; none where the model may answer with text."""
+        if isinstance(self.tool_choice, NamedTool):
+            named = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == named]
+        return self.tools if self.tool_choice == "required" else []
 
     @property
     def token_limit(self) -> int | None:

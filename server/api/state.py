@@ -14,6 +14,7 @@ from ..metrics import Metrics
 from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
 from ..text.tokenizer import Tokenizer
+from ..tools.formats import ToolFormat
 from .engine_port import EnginePort
 
 _POLICY = SourcePolicy()
@@ -47,6 +48,7 @@ class AppState:
         registry: The adapters.
         metrics: What ``/metrics`` shows.
         check_grammar: Says whether the engine will take a grammar.
+        tool_format: How the base writes tool calls; None if it was taught no format that is known.
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
@@ -59,6 +61,7 @@ class AppState:
     registry: AdapterRegistry
     metrics: Metrics
     check_grammar: GrammarCheck
+    tool_format: ToolFormat | None
     model_root: str
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY

@@ -20,6 +20,17 @@ WHITESPACE = r"\n?[ \t]{0,32}"
 ever, which is what small models like to do."""
 
 
+JSON_OPTIONS: "JsonCompileOptions" = {
+    "lenient": False,
+    "whitespace_flexible": True,
+    "whitespace_pattern": WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+}
+"""How llguidance reads schemas; ``x-guidance`` in a schema says the same to it."""
+
+
 class GrammarRefused(Exception):
     """No grammar can be made of a constraint. The message says what is wrong with it."""
 
@@ -82,15 +93,8 @@ def grammar_of(constraint: Constraint) -> str:
 
 
 def _json_grammar(constraint: JsonSchema) -> str:
+    options: JsonCompileOptions = {**JSON_OPTIONS, "whitespace_pattern": constraint.whitespace}
     # Overrides, so that no schema can ask for keywords to be ignored.
-    options: JsonCompileOptions = {
-        "lenient": False,
-        "whitespace_flexible": True,
-        "whitespace_pattern": constraint.whitespace,
-        "item_separator": ",",
-        "key_separator": ":",
-        "coerce_one_of": False,
-    }
     return str(LLMatcher.grammar_from_json_schema(json.dumps(constraint.schema), overrides=options))
 
 

@@ -33,7 +33,7 @@ class StopStrings:
             _, start, stop = min(found)
             self._held = ""
             return Piece(text[:start], stop)
-        shown = len(text) - self._overlap(text)
+        shown = len(text) - longest_overlap(text, self._stops)
         self._held = text[shown:]
         return Piece(text[:shown])
 
@@ -42,9 +42,10 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _overlap(self, text: str) -> int:
-        """Length of the longest end of ``text`` with which a stop string begins."""
-        return max((_suffix_prefix(text, stop) for stop in self._stops), default=0)
+
+def longest_overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` with which one of ``stops`` begins."""
+    return max((_suffix_prefix(text, stop) for stop in stops), default=0)
 
 
 def _suffix_prefix(text: str, stop: str) -> int:

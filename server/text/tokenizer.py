@@ -55,6 +55,7 @@ class Tokenizer:
         self.end_token_ids = tuple(sorted({*own, *end_token_ids}))
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         self._added = {token_id: str(token.content) for token_id, token in added.items()}
+        self._special = {str(each.content): one for one, each in added.items() if each.special}
         vocab: dict[str, int] = self._backend.get_vocab(True)
         self.vocab_size = max(vocab.values()) + 1
         self.longest_token = max(map(len, vocab))
@@ -82,6 +83,16 @@ class Tokenizer:
     def serialized(self) -> str:
         """The whole tokenizer as the text of a tokenizer.json."""
         return str(self._backend.to_str())
+
+    @property
+    def chat_template(self) -> str:
+        """The template that conversations with tools are rendered from, empty without any."""
+        found = self._tokenizer.chat_template or ""
+        return str(found.get("tool_use", "")) if isinstance(found, dict) else str(found)
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so, if there is one; it is no part of any text."""
+        return self._special.get(text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the model's own first tokens unless told otherwise."""
@@ -112,11 +123,14 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, object] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The prompt text the model's chat template makes of a conversation.
+
+        ``tools`` are those that the model may call.
 
         Raises:
             ChatTemplateError: No template, a conversation the template refuses, or an argument
@@ -133,6 +147,7 @@ class Tokenizer:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
+                    tools=tools,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     **arguments,

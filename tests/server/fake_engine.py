@@ -35,6 +35,7 @@ from deltamux.server.metrics import Metrics
 from deltamux.server.store.registry import AdapterRegistry
 from deltamux.server.store.sources import SourcePolicy
 from deltamux.server.text.tokenizer import Tokenizer
+from deltamux.server.tools.formats import format_of
 
 from .fake_store import label_of, open_registry
 
@@ -215,8 +216,17 @@ def make_state(
 ) -> AppState:
     check = GrammarCheck(VocabularySource.of(engine.tokenizer, engine.tokenizer.vocab_size))
     metrics = Metrics(BASE)
+    tools = format_of(engine.tokenizer.chat_template)
     state = AppState(
-        engine, engine.tokenizer, registry, metrics, check, "some/folder", limits, policy
+        engine,
+        engine.tokenizer,
+        registry,
+        metrics,
+        check,
+        tools,
+        "some/folder",
+        limits,
+        policy,
     )
     state.started.set()
     return state
