@@ -18,6 +18,20 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class BeamSearch(msgspec.Struct, frozen=True, array_like=True):
+    """A search for the likeliest outputs, instead of drawing tokens.
+
+    Attributes:
+        width: Beams that go on side by side, >= 2.
+        length_penalty: The sum of log-probabilities is divided by the length to this power.
+        num_answers: Outputs to report, at most ``width``.
+    """
+
+    width: int
+    length_penalty: float
+    num_answers: int
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens of one sequence are chosen; validated by the API before it gets here.
 
@@ -42,6 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         grammar: What the output must match, in llguidance's form; None for anything. It ends
             where the grammar allows no more, and an end token is chosen only where the grammar
             allows an end; under ``ignore_eos`` only where it allows nothing else.
+        beams: Beam search: what else says how tokens are chosen has no effect, and ``logprobs`` is
+            at least its width and the number of end and stop tokens together.
     """
 
     max_tokens: int
@@ -60,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    beams: BeamSearch | None = None
 
 
 class AdapterWeight(msgspec.Struct, frozen=True, array_like=True):
@@ -112,6 +129,20 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class BeamAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """One output that beam search found.
+
+    Attributes:
+        tokens: All of them; an end or stop token is included.
+        score: What it is ranked by.
+        finish_reason: STOP or LENGTH.
+    """
+
+    tokens: list[TokenLogprobs]
+    score: float
+    finish_reason: FinishReason
+
+
 class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one sequence.
 
@@ -124,6 +155,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
         finish_reason: Set on the last update.
         stop_token_id: The end or stop token that ended it.
         error: The reason under ``FinishReason.ERROR``.
+        beams: What beam search found, best first, on its only update.
     """
 
     request_id: str
@@ -134,3 +166,4 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    beams: list[BeamAnswer] = []

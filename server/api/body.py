@@ -30,9 +30,6 @@ _ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     "function_call": ("none",),
     "guided_decoding_backend": ("auto", "guidance"),
     "modalities": (["text"],),
-    "use_beam_search": (False,),
-    "beam_width": (1,),
-    "length_penalty": (1, 1.0),
     "suffix": ("",),
 }
 

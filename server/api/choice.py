@@ -24,13 +24,23 @@ from .state import AppState
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A sequence to generate and how its text is to be shown."""
+    """A sequence to generate and how its text is to be shown.
+
+    Attributes:
+        index: Of the choice.
+        prompt: What it continues.
+        request: What the engine is asked for; all choices of one beam search share it.
+        stop: Strings that end the text.
+        skip_special_tokens: Whether special tokens have no text.
+        num_logprobs: Alternatives of a token that the client asked for.
+    """
 
     index: int
     prompt: TokenPrompt
     request: GenerationRequest
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

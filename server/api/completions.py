@@ -100,7 +100,7 @@ class _Format:
     def _prompt_token_ids(self, index: int) -> list[int] | UnsetType:
         if not self.body.return_token_ids:
             return UNSET
-        return self.job.choices[index].prompt.token_ids
+        return self.job.prompt_of(index).token_ids
 
     def _names(self) -> TokenNames:
         return TokenNames(self.state.tokenizer, self.body.return_tokens_as_token_ids)

@@ -7,6 +7,7 @@ clients that do not stream; ``Tally`` counts what it took.
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import time
 from uuid import uuid4
 
@@ -17,11 +18,13 @@ from ..scheduler.limits import longest_sequence
 from ..store.leases import ModelChoice
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
+from .errors import InvalidRequest
 from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
 from .protocol import GenerationBody
 from .sampling import check_token_ids, max_new_tokens, sampling_params
+from .search import best_answers, stream_beams
 from .state import AppState
 
 
@@ -33,7 +36,8 @@ class Job:
         id: What the client is told.
         chosen: What it runs on, as the client named it.
         prompts: One or more.
-        choices: ``n`` per prompt, in order.
+        choices: Candidates, as many for each prompt, in order.
+        answers_per_prompt: How many of these the client gets, ``n``.
         created: Unix time.
     """
 
@@ -41,12 +45,22 @@ class Job:
     chosen: ModelChoice
     prompts: list[TokenPrompt]
     choices: list[Choice]
+    answers_per_prompt: int
     created: int = field(default_factory=lambda: int(time()))
 
     @property
     def model(self) -> str:
         """As the client named it."""
         return self.chosen.model
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """Candidates of each prompt."""
+        return len(self.choices) // len(self.prompts)
+
+    def prompt_of(self, answer: int) -> TokenPrompt:
+        """The prompt of the answer with this index."""
+        return self.prompts[answer // self.answers_per_prompt]
 
 
 async def check_adapters(body: GenerationBody, state: AppState) -> None:
@@ -72,13 +86,14 @@ def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
     return [each.version.info.composable for each in state.registry.leases.select(chosen)]
 
 
-def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo) -> int:
+def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo, width: int) -> int:
     return longest_sequence(
         info.max_model_len,
         info.num_blocks,
         info.block_size,
         sum(each.prefix_length for each in adapters),
         sum(each.prefix_length for each in adapters if each.shifts_positions),
+        width,
     )
 
 
@@ -91,14 +106,20 @@ def make_job(
     grammar: str | None = None,
     skip_special_tokens: bool = True,
 ) -> Job:
-    """Fan a request out: choice ``c`` of prompt ``p`` has index ``p * n + c``.
+    """Fan a request out: candidate ``c`` of prompt ``p`` has index ``p * (candidates) + c``.
 
     Raises:
         InvalidRequest: Token ids or lengths the model does not have.
     """
     info = state.require_info()
     chosen = _choice(body)
-    max_len = _longest_sequence(_composables(chosen, state), info)
+    max_len = _longest_sequence(_composables(chosen, state), info, max(body.num_beams, 1))
+    if body.num_beams > info.max_num_seqs:
+        raise InvalidRequest(
+            f"{body.num_beams} beams are more than the {info.max_num_seqs} sequences that run at "
+            "once.",
+            "beam_width",
+        )
     check_token_ids(body, info)
     # A tokenizer may name end tokens that the model was not made with and cannot choose.
     end_token_ids = tuple(end for end in state.tokenizer.end_token_ids if end < info.vocab_size)
@@ -106,7 +127,7 @@ def make_job(
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
         max_tokens = max_new_tokens(body, len(prompt.token_ids), max_len)
-        for choice in range(body.n):
+        for choice in range(body.n if body.use_beam_search else body.num_candidates):
             request = GenerationRequest(
                 request_id=f"{job_id}-{number}-{choice}",
                 prompt_token_ids=prompt.token_ids,
@@ -117,8 +138,10 @@ def make_job(
                 priority=body.priority,
             )
             skips = body.skip_special_tokens and skip_special_tokens
-            choices.append(Choice(len(choices), prompt, request, tuple(body.stop), skips))
-    return Job(job_id, chosen, prompts, choices)
+            choices.append(
+                Choice(len(choices), prompt, request, tuple(body.stop), skips, body.num_logprobs)
+            )
+    return Job(job_id, chosen, prompts, choices, body.n)
 
 
 async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]:
@@ -131,10 +154,19 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
         ApiError: As ``stream_choice``.
     """
     async with state.registry.leases.lease(job.chosen) as adapters:
-        streams = [stream_choice(choice, adapters, state) for choice in job.choices]
+        streams = [stream(adapters, state) for stream in _streams(job)]
         async with aclosing(merge(streams)) as merged:
             async for delta in merged:
                 yield delta
+
+
+def _streams(job: Job) -> "list[partial[AsyncGenerator[ChoiceDelta, None]]]":
+    """One for each sequence, or for all answers of one search."""
+    if job.choices[0].request.sampling.beams is None:
+        return [partial(stream_choice, choice) for choice in job.choices]
+    n = job.choices_per_prompt
+    starts = range(0, len(job.choices), n)
+    return [partial(stream_beams, job.choices[start : start + n]) for start in starts]
 
 
 async def echoed(
@@ -195,14 +227,14 @@ class Gathered:
 async def gather(
     job: Job, source: AsyncGenerator[ChoiceDelta, None]
 ) -> tuple[list[Gathered], Usage]:
-    """Every choice whole, by index, and what they took."""
+    """Every answer whole, by index, and what all candidates took."""
     gathered = [Gathered(choice.index) for choice in job.choices]
-    tally = Tally(job.prompts, len(job.choices) // len(job.prompts))
+    tally = Tally(job.prompts, job.choices_per_prompt)
     async with aclosing(source):
         async for delta in source:
             gathered[delta.index].add(delta)
             tally.add(delta)
-    return gathered, tally.usage()
+    return best_answers(gathered, job.choices_per_prompt, job.answers_per_prompt), tally.usage()
 
 
 class Tally:

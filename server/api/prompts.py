@@ -50,11 +50,11 @@ def check_sequences(body: GenerationBody, num_prompts: int, state: AppState) -> 
     Raises:
         InvalidRequest: Naming the field that makes them so many.
     """
-    limit = state.limits.max_sequences
-    if num_prompts * body.n > limit:
+    limit, each = state.limits.max_sequences, body.num_candidates
+    if num_prompts * each > limit:
         raise InvalidRequest(
-            f"{num_prompts} prompts times n={body.n} exceed the limit of {limit} sequences in one "
-            "request.",
+            f"{num_prompts} prompts times {each} candidates exceed the limit of {limit} sequences "
+            "in one request.",
             "n" if num_prompts == 1 else body.prompt_field,
         )
 

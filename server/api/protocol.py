@@ -8,11 +8,10 @@ from pydantic_core import PydanticCustomError
 
 from .body import INT32_MAX, INT64_MAX, Body, Text, refuse
 from .conversation import Conversation, Messages, TemplateArguments
-from .output_format import ConstrainedBody
+from .search_fields import SearchedBody
 from .tool_fields import NamedTool, Tool, ToolChoice, Tools
 
 MAX_LOGPROBS = 20
-MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIASES = 1024
@@ -73,7 +72,7 @@ class WeightedAdapter(Body):
     weight: float = Field(default=1.0, ge=-100, le=100)
 
 
-class GenerationBody(ConstrainedBody):
+class GenerationBody(SearchedBody):
     """The fields that completions and chat completions share."""
 
     default_max_tokens: ClassVar[int | None] = None
@@ -81,10 +80,7 @@ class GenerationBody(ConstrainedBody):
 
     model: Text
     adapters: list[WeightedAdapter] = Field(default_factory=list, max_length=MAX_ADAPTERS)
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
     min_tokens: int = Field(default=0, ge=0, le=INT32_MAX)
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -121,8 +117,6 @@ class GenerationBody(ConstrainedBody):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "GenerationBody":
-        if self.best_of is not None and self.best_of != self.n:
-            raise refuse("best_of", "'best_of' is not served; leave it out or set it to 'n'.")
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options", "'stream_options' needs 'stream': true.")
         if self.stream and self.prompt_logprobs is not None:

@@ -67,7 +67,7 @@ async def _chunks(
     form: Format,
     options: StreamOptions,
 ) -> AsyncGenerator[msgspec.Struct, None]:
-    tally = Tally(job.prompts, len(job.choices) // len(job.prompts))
+    tally = Tally(job.prompts, job.choices_per_prompt)
     async with aclosing(rest):
         for chunk in form.opening():
             yield chunk

@@ -4,7 +4,7 @@ import secrets
 from hashlib import blake2b
 
 from ..engine.messages import EngineInfo
-from ..generation import SamplingParams
+from ..generation import BeamSearch, SamplingParams
 from .errors import InvalidRequest
 from .protocol import GenerationBody
 
@@ -45,6 +45,13 @@ def max_new_tokens(body: GenerationBody, prompt_len: int, max_model_len: int) ->
     return body.token_limit
 
 
+def _beam_search(body: GenerationBody) -> BeamSearch | None:
+    """What is to be searched; a single beam is no search but the greedy choice."""
+    if body.num_beams < 2:
+        return None
+    return BeamSearch(body.num_beams, body.length_penalty, body.n)
+
+
 def sampling_params(
     body: GenerationBody,
     choice: int,
@@ -54,11 +61,13 @@ def sampling_params(
     grammar: str | None,
 ) -> SamplingParams:
     """How choice number ``choice`` of a prompt is sampled."""
+    search = _beam_search(body)
+    ends = () if body.ignore_eos else end_token_ids
     return SamplingParams(
         max_tokens=max_tokens,
         seed=choice_seed(body.seed, choice),
         min_tokens=min(body.min_tokens, max_tokens),
-        temperature=body.temperature,
+        temperature=0.0 if body.use_beam_search else body.temperature,
         top_p=body.top_p,
         top_k=max(body.top_k, 0),
         min_p=body.min_p,
@@ -66,12 +75,22 @@ def sampling_params(
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         logit_bias={int(token_id): bias for token_id, bias in body.logit_bias.items()},
-        end_token_ids=() if body.ignore_eos else end_token_ids,
+        end_token_ids=ends,
         stop_token_ids=tuple(body.stop_token_ids),
-        logprobs=body.num_logprobs,
+        logprobs=_reported(body, search, len(ends) + len(body.stop_token_ids)),
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
+        beams=search,
     )
+
+
+def _reported(body: GenerationBody, search: BeamSearch | None, num_ends: int) -> int | None:
+    """Alternatives per token: what was asked for, or what candidates are chosen by."""
+    if search is not None:
+        return max(body.num_logprobs or 0, search.width + num_ends)
+    if body.num_candidates > body.n:
+        return body.num_logprobs or 0
+    return body.num_logprobs
 
 
 def check_token_ids(body: GenerationBody, info: EngineInfo) -> None:

@@ -328,7 +328,7 @@ class Engine:
         self._counted = now
         return EngineStats(
             running=self._scheduler.num_running,
-            waiting=len(self._live) - self._scheduler.num_running,
+            waiting=len(self._live) - self._scheduler.num_running_requests,
             blocks_used=self._blocks.num_used,
             blocks_total=self._blocks.num_blocks,
             step_tokens=step_tokens,

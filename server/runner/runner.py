@@ -7,6 +7,7 @@ the choice of tokens are launched, without waiting for either; then the chosen t
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, Step
 from ..scheduler.sequence import Sequence as RunningSequence
 from .batch import FindAdapter, RowSpan, StepBatch, build_batch, passes_of
 from .graphs import StepGraphs
-from .prefix import load_prefix
+from .prefix import copy_blocks, load_prefix
 from .reports import report_logprobs
 from .sampler import Choice, Sampled, read_choices, start_sampling
 from .stage import Stage
@@ -129,6 +130,7 @@ class Runner:
         sampling = [item.sequence for item in batch.scheduled if item.samples]
         self._pool.wait_for_copies()
         self._stage.flush()
+        self._copy_blocks(plan.block_copies)
         return StepInputs(batch, deltas, sampling, head_deltas)
 
     def compute(self, inputs: StepInputs) -> StepOutputs:
@@ -186,6 +188,13 @@ class Runner:
         adapters = [self._lowered(adapter_id) for adapter_id in load.prefix.adapter_ids]
         prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
         load_prefix(self._kv_cache, load, prefixes)
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Placed behind everything else: where that lies must not depend on these."""
+        if copies:
+            placed = self._stage.place(np.array(copies, dtype=np.int64))
+            self._stage.flush()
+            copy_blocks(self._kv_cache, placed)
 
     def _head_deltas(
         self, spans: Iterable[RowSpan], bucket: int | None = None

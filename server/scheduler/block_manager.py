@@ -142,6 +142,23 @@ class BlockManager:
             sequence.block_table.append(self._take())
         return True
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Give ``child`` the parent's full blocks, and one for a copy of what is in a partial one.
+
+        ``child.block_copy`` says what must be copied before the child goes on. One block must be
+        free.
+        """
+        num_full = parent.num_computed_tokens // self.block_size
+        shared = parent.block_table[:num_full]
+        for block in (*parent.prefix_blocks, *shared):
+            self._hold(block)
+        self._holders.add(child)
+        child.prefix_blocks, child.block_table = list(parent.prefix_blocks), list(shared)
+        child.block_hashes = parent.block_hashes[:num_full]
+        if parent.num_computed_tokens % self.block_size:
+            child.block_table.append(self._take())
+            child.block_copy = parent.block_table[num_full], child.block_table[num_full]
+
     def filled(self, sequence: Sequence, start: int, end: int) -> dict[bytes, int]:
         """The blocks that become full as tokens ``start .. end`` are computed, by name."""
         first, last = start // self.block_size, end // self.block_size

@@ -54,6 +54,7 @@ def longest_sequence(
     block_size: int,
     prefix_length: int = 0,
     position_offset: int = 0,
+    width: int = 1,
 ) -> int:
     """Tokens of one sequence at most, prompt and output: what model and cache hold.
 
@@ -63,6 +64,7 @@ def longest_sequence(
         block_size: Tokens of a block.
         prefix_length: Keys that the sequence's adapters put before it, in blocks of their own.
         position_offset: What these add to the position of each of its tokens.
+        width: Sequences of its length that must fit at once: the beams of a search.
     """
-    blocks = num_blocks - -(-prefix_length // block_size)
+    blocks = (num_blocks - -(-prefix_length // block_size)) // width
     return min(max_model_len - position_offset, blocks * block_size)

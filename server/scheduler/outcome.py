@@ -1,6 +1,6 @@
 """What one step means for one sequence: its new token, whether that ends it, and what to report."""
 
-from ..generation import FinishReason, SequenceUpdate, TokenLogprobs
+from ..generation import BeamAnswer, FinishReason, SequenceUpdate, TokenLogprobs
 from .plan import ScheduledSequence, SequenceResult
 from .sequence import Sequence
 
@@ -12,6 +12,16 @@ def failed(sequence: Sequence, error: str) -> SequenceUpdate:
         num_cached_tokens=sequence.num_cached_tokens,
         finish_reason=FinishReason.ERROR,
         error=error,
+    )
+
+
+def found(sequence: Sequence, answers: list[BeamAnswer]) -> SequenceUpdate:
+    """The update that ends a search with what it found."""
+    return SequenceUpdate(
+        request_id=sequence.request.request_id,
+        num_cached_tokens=sequence.num_cached_tokens,
+        finish_reason=answers[0].finish_reason,
+        beams=answers,
     )
 
 

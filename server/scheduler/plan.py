@@ -49,12 +49,14 @@ class StepPlan:
     Attributes:
         scheduled: What the runner computes.
         prefix_loads: What is written to the cache before.
+        block_copies: Cache blocks and those they are copied to, after that and before the rest.
         unservable: Sequences that can never run, because their adapter gets no slot even while
             nothing else runs; ``commit`` ends them.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
     prefix_loads: tuple[PrefixLoad, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
     unservable: tuple[Sequence, ...] = ()
 
     @property

@@ -5,18 +5,20 @@ step moves that mark. Decoding, chunked prefill, a cached prefix and recomputati
 are all the same case: some tokens are not computed yet.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from ..generation import SequenceUpdate
 from .adapter_slots import AdapterSlots
+from .beam_group import BeamGroup, Continuation, beams_of, rows_of
 from .block_manager import BlockManager
 from .errors import AccountingError, SequenceRefused, SequenceTooLong
 from .limits import SchedulerLimits, longest_sequence
-from .outcome import failed, outcome
-from .plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
+from .outcome import failed, found, outcome
+from .plan import ScheduledSequence, SequenceResult, StepPlan
 from .sequence import Sequence
+from .step import Step
 from .waiting import WaitingQueue
 
 _order = attrgetter("order")
@@ -25,34 +27,6 @@ _NO_SLOT = (
     "its adapters get no room on the device even while no other is in use: serve with a larger"
     " --memory-budget"
 )
-
-
-@dataclass(slots=True)
-class _Step:
-    """The step being put together; ``budget`` is the rows it still has room for."""
-
-    budget: int
-    scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
-    prefix_loads: list[PrefixLoad] = field(default_factory=list)
-    unservable: list[Sequence] = field(default_factory=list)
-    preempted: bool = False
-
-    def put(self, sequence: Sequence) -> ScheduledSequence:
-        """Compute as much of the sequence as there is room for."""
-        start = sequence.num_computed_tokens
-        total = len(sequence.token_ids)
-        end = min(total, start + self.budget)
-        self.budget -= end - start
-        item = ScheduledSequence(sequence, start, end, samples=end == total)
-        self.scheduled[sequence] = item
-        return item
-
-    def drop(self, sequence: Sequence) -> None:
-        """Give the room of a preempted sequence to the others."""
-        self.preempted = True
-        item = self.scheduled.pop(sequence, None)
-        if item is not None:
-            self.budget += item.num_tokens
 
 
 class Scheduler:
@@ -71,8 +45,9 @@ class Scheduler:
         self.num_preemptions = 0
         self._blocks = blocks
         self._adapters = adapters
-        self._sequences: dict[str, Sequence] = {}
-        self._running: dict[str, Sequence] = {}
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._running: dict[tuple[str, int], Sequence] = {}
+        self._groups: dict[str, BeamGroup] = {}
         self._waiting = WaitingQueue()
         self._refused: set[tuple[int, ...]] = set()
         """What got no room; nothing can have changed until some sequence releases an adapter."""
@@ -86,12 +61,18 @@ class Scheduler:
             blocks.block_size,
             0 if prefix is None else prefix.length,
             sequence.position_offset,
+            1 if sequence.sampling.beams is None else sequence.sampling.beams.width,
         )
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold cache blocks."""
+        """Sequences that hold cache blocks, each beam of a search one of them."""
         return len(self._running)
+
+    @property
+    def num_running_requests(self) -> int:
+        """Requests of these sequences."""
+        return len({request_id for request_id, _ in self._running})
 
     @property
     def num_waiting(self) -> int:
@@ -112,42 +93,47 @@ class Scheduler:
                 tokens that the model does not have.
         """
         self._check_can_run(sequence)
-        self._sequences[sequence.request.request_id] = sequence
+        if sequence.sampling.beams is not None:
+            sequence.group = BeamGroup(sequence.sampling.beams, sequence)
+            self._groups[sequence.request.request_id] = sequence.group
+        self._sequences[sequence.name] = sequence
         self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """End the sequence now, without an update; False if it has ended already."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return False
-        if request_id not in self._running:
-            self._waiting.remove(sequence)
-        self._end(sequence)
-        return True
+        group = self._groups.get(request_id)
+        sequence = self._sequences.get((request_id, 0)) if group is None else group.beams[0]
+        if sequence is not None:
+            self._end_request(sequence)
+        return sequence is not None
 
     def schedule(self) -> StepPlan:
         """The next step: decode rows first, then running prefills, then newly admitted ones."""
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = Step(self.limits.max_num_batched_tokens)
         self._schedule_running(step)
         # What a preemption freed belongs to those it was freed for.
         if not step.preempted:
             self._admit(step)
-        return StepPlan(
-            tuple(step.scheduled.values()), tuple(step.prefix_loads), tuple(step.unservable)
-        )
+        return step.plan()
 
     def commit(self, plan: StepPlan, results: Iterable[SequenceResult]) -> list[SequenceUpdate]:
         """Take in the results of ``plan``, one per scheduled sequence, and end what is complete.
 
         Sequences that were aborted since ``schedule`` are passed over.
         """
+        updates: list[SequenceUpdate | None]
         updates = [failed(sequence, _NO_SLOT) for sequence in plan.unservable]
+        beams: dict[BeamGroup, dict[Sequence, SequenceResult]] = {}
         for item, result in zip(plan.scheduled, results, strict=True):
-            if self._running.get(item.sequence.request.request_id) is item.sequence:
-                update = self._commit(item, result)
-                if update is not None:
-                    updates.append(update)
-        return updates
+            if self._running.get(item.sequence.name) is not item.sequence:
+                continue
+            if item.sequence.group is None:
+                updates.append(self._commit(item, result))
+            else:
+                self._computed(item, result)
+                beams.setdefault(item.sequence.group, {})[item.sequence] = result
+        updates += [self._commit_beams(group, results) for group, results in beams.items()]
+        return [update for update in updates if update is not None]
 
     def check_integrity(self) -> None:
         """Balance the books.
@@ -173,8 +159,13 @@ class Scheduler:
                 raise AccountingError(f"{sequence.request.request_id} runs without its blocks")
 
     def _check_can_run(self, sequence: Sequence) -> None:
-        request = sequence.request
-        if request.request_id in self._sequences:
+        request, beams = sequence.request, sequence.sampling.beams
+        if beams is not None and beams.width > self.limits.max_num_seqs:
+            raise SequenceRefused(
+                f"{beams.width} beams are more than the {self.limits.max_num_seqs} sequences that"
+                " run at once: ask for fewer (or serve with a larger --max-num-seqs)"
+            )
+        if sequence.name in self._sequences or request.request_id in self._groups:
             raise SequenceRefused(f"a request with the id {request.request_id} is running already")
         if not request.prompt_token_ids:
             raise SequenceRefused("the prompt is empty: send at least one token")
@@ -209,7 +200,7 @@ class Scheduler:
                     f"{what}: there is no token {wrong}, the model's ids are 0 to {size - 1}"
                 )
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: Step) -> None:
         # Every decode row fits, because the budget is at least max_num_seqs. A prefill that gets no
         # row is the next one's turn: prefills go in order of admission and each takes all it can.
         running = list(self._running.values())
@@ -218,27 +209,35 @@ class Scheduler:
         for sequence in (*decodes, *prefills):
             if not step.budget:
                 break
-            if sequence.request.request_id in self._running and self._cover(sequence, step):
+            if sequence.name in self._running and self._cover(sequence, step):
                 step.put(sequence)
 
-    def _cover(self, sequence: Sequence, step: _Step) -> bool:
+    def _cover(self, sequence: Sequence, step: Step) -> bool:
         """Get blocks for all its tokens, if need be by preemption; False if that hit itself."""
         while not self._blocks.extend(sequence, len(sequence.token_ids)):
-            victim = max(self._running.values(), key=_order)
-            self._preempt(victim)
-            step.drop(victim)
-            if victim is sequence:
+            for victim in self._preempt_last():
+                step.drop(victim)
+            if sequence.name not in self._running:
                 return False
         return True
+
+    def _preempt_last(self) -> list[Sequence]:
+        """Take the last-come sequence off the device, with all beams if it is one of a search."""
+        last = max(self._running.values(), key=_order)
+        preempted = [each for each in beams_of(last) if each.name in self._running]
+        for sequence in preempted:
+            self._preempt(sequence)
+        return preempted
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.num_computed_tokens = 0
+        sequence.block_copy = None
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.add(sequence)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         position = 0
         overtaken = 0
         coming = self._coming(step)
@@ -251,13 +250,13 @@ class Scheduler:
                     break
                 if self._adapters.acquire(*adapter_ids):
                     self._start(self._waiting.pop(position), cached, step)
-                    item = step.put(sequence)
-                    coming |= self._blocks.filled(sequence, item.start, item.end)
+                    if (item := step.put(sequence)) is not None:
+                        coming |= self._blocks.filled(sequence, item.start, item.end)
                     overtaken = position
                     continue
                 self._refused.add(adapter_ids)
             if not self._running:
-                del self._sequences[self._waiting.pop(position).request.request_id]
+                self._end_request(sequence)
                 step.unservable.append(sequence)
             elif sequence.num_overtaken >= self.limits.max_overtakes:
                 break
@@ -265,7 +264,7 @@ class Scheduler:
                 position += 1
         self._waiting.count_overtaken(overtaken)
 
-    def _coming(self, step: _Step) -> dict[bytes, int]:
+    def _coming(self, step: Step) -> dict[bytes, int]:
         """Blocks that the step fills, by name, if anyone waits to share them."""
         coming: dict[bytes, int] = {}
         if self._waiting:
@@ -273,21 +272,25 @@ class Scheduler:
                 coming |= self._blocks.filled(item.sequence, item.start, item.end)
         return coming
 
-    def _has_room(self, step: _Step) -> bool:
+    def _has_room(self, step: Step) -> bool:
         return step.budget > 0 and len(self._running) < self.limits.max_num_seqs
 
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
-        # One spare block for every running sequence, or its next tokens would preempt this one.
-        spare = len(self._running)
+        taken = sum(rows_of(each) for each in self._running.values())
+        if taken + rows_of(sequence) > self.limits.max_num_seqs:
+            return False
+        # One spare block for every other that runs, or its next tokens would preempt this one.
+        others = [each for each in self._running.values() if each not in beams_of(sequence)]
+        spare = len(others)
         return self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
 
-    def _start(self, sequence: Sequence, cached: list[int], step: _Step) -> None:
+    def _start(self, sequence: Sequence, cached: list[int], step: Step) -> None:
         load = self._blocks.allocate(sequence, cached, len(sequence.token_ids))
         if load is not None:
             step.prefix_loads.append(load)
         sequence.num_computed_tokens = len(cached) * self._blocks.block_size
         sequence.num_overtaken = 0
-        self._running[sequence.request.request_id] = sequence
+        self._running[sequence.name] = sequence
         if not sequence.num_preemptions:
             found = sequence.num_computed_tokens
             sequence.num_cached_tokens = min(found, sequence.prompt_len)
@@ -297,23 +300,86 @@ class Scheduler:
     def _commit(self, item: ScheduledSequence, result: SequenceResult) -> SequenceUpdate | None:
         sequence = item.sequence
         update = outcome(item, result, self.max_tokens_that_fit(sequence))
+        self._computed(item, result)
+        if update is not None and update.finish_reason is not None:
+            self._end_request(sequence)
+        return update
+
+    def _computed(self, item: ScheduledSequence, result: SequenceResult) -> None:
+        """The rows of a sequence are in the cache, unless something was wrong with them."""
+        sequence = item.sequence
+        sequence.block_copy = None
         if result.error is None:
             sequence.num_computed_tokens = item.end
             self._blocks.publish(sequence, item.start, item.end)
         else:
             self._blocks.forget(sequence)
-        if update is not None and update.finish_reason is not None:
-            self._end(sequence)
-        return update
+
+    def _commit_beams(
+        self, group: BeamGroup, results: Mapping[Sequence, SequenceResult]
+    ) -> SequenceUpdate | None:
+        """What a step means for a search; None as long as it goes on."""
+        first = group.beams[0]
+        errors = [each.error for each in results.values() if each.error is not None]
+        reported = [results[beam].logprobs for beam in group.beams if beam in results]
+        rows = [row for row in reported if row is not None]
+        if not errors and not rows:
+            return None
+        if not errors:
+            most = self.max_tokens_that_fit(first) - first.prompt_len
+            if chosen := group.choose(rows, min(first.sampling.max_tokens, most)):
+                self._fork(group, chosen)
+                return None
+        self._end_request(first)
+        return failed(first, errors[0]) if errors else found(first, group.answers())
+
+    def _fork(self, group: BeamGroup, chosen: Seq[Continuation]) -> None:
+        """Replace the beams by those that were chosen, of which several may have one parent."""
+        parents, kept = group.beams, {each.parent for each in chosen}
+        for number, parent in enumerate(parents):
+            if number not in kept:
+                self._end(parent)
+        group.beams = [parents[number] for number in sorted(kept)]
+        while self._blocks.num_free < len(chosen) and group.beams[0].name in self._running:
+            self._preempt_last()
+        beams: list[Sequence] = []
+        for each in chosen:
+            parent = parents[each.parent]
+            beams.append(self._child(group, parent) if parent in beams else parent)
+        group.beams = beams
+        for beam, each in zip(beams, chosen, strict=True):
+            beam.token_ids.append(each.token.token_id)
+
+    def _child(self, group: BeamGroup, parent: Sequence) -> Sequence:
+        """Another sequence like the parent; if that waits, it waits too."""
+        child = group.child(parent)
+        self._sequences[child.name] = child
+        if parent.name not in self._running:
+            self._waiting.add(child)
+            return child
+        self._blocks.fork(parent, child)
+        child.num_computed_tokens = parent.num_computed_tokens
+        if not self._adapters.acquire(*child.adapters.adapter_ids):
+            raise AccountingError(f"the adapters of {parent.request.request_id} are not there")
+        self._running[child.name] = child
+        return child
+
+    def _end_request(self, sequence: Sequence) -> None:
+        """End the sequence, and all other beams where it is one of a search."""
+        for beam in beams_of(sequence):
+            self._end(beam)
+        self._groups.pop(sequence.request.request_id, None)
 
     def _end(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request.request_id]
-        if sequence.request.request_id in self._running:
+        del self._sequences[sequence.name]
+        if sequence.name in self._running:
             self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take it off the device."""
-        del self._running[sequence.request.request_id]
+        del self._running[sequence.name]
         self._blocks.free(sequence)
         for adapter_id in sequence.adapters.adapter_ids:
             self._adapters.release(adapter_id)

@@ -1,9 +1,13 @@
 """A sequence: one prompt and what has been generated for it. Free of torch."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..generation import GenerationRequest, SamplingParams
 from .token_matcher import TokenMatcher
+
+if TYPE_CHECKING:
+    from .beam_group import BeamGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,9 @@ class Sequence:
         adapters: What its adapters do to it.
         arrival: Order of arrival, which breaks ties of priority.
         matcher: Follows its output, where that must match a grammar.
+        group: The beams it is one of, in beam search.
+        number: Among all beams that its request has had.
+        block_copy: A cache block and the one it is to be copied to before the sequence goes on.
         token_ids: Prompt and output.
         num_computed_tokens: Leading tokens whose keys and values are in the cache.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
@@ -104,6 +111,9 @@ class Sequence:
     adapters: AdapterUse
     arrival: int
     matcher: TokenMatcher | None = None
+    group: "BeamGroup | None" = None
+    number: int = 0
+    block_copy: tuple[int, int] | None = None
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -117,6 +127,11 @@ class Sequence:
     def __post_init__(self) -> None:
         """Start from the prompt and any output to resume."""
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Unique among the live ones."""
+        return self.request.request_id, self.number
 
     @property
     def position_offset(self) -> int:
@@ -153,8 +168,11 @@ class Sequence:
         """Leading tokens that may come from the prefix cache.
 
         The last token's row chooses the next token, and the row before every prompt
-        log-probability that is still to be sent must be computed.
+        log-probability that is still to be sent must be computed. A beam that waits for others
+        computes a row before that too, or a step might have none.
         """
+        if self.group is not None and self.group.is_forked:
+            return len(self.token_ids) - 2
         if self.sampling.prompt_logprobs is None or self.num_prompt_logprobs >= self.prompt_len - 1:
             return len(self.token_ids) - 1
         return self.num_prompt_logprobs

@@ -21,6 +21,7 @@ from deltamux.server.engine.messages import (
 )
 from deltamux.server.generation import (
     AdapterWeight,
+    BeamAnswer,
     FinishReason,
     GenerationRequest,
     SamplingParams,
@@ -73,6 +74,7 @@ class EngineHarness:
         self.received: dict[str, Received] = defaultdict(Received)
         self.adapter_events: list[AdapterLoaded | AdapterRefused | AdapterUnloaded] = []
         self.on_host: set[int] = set()
+        self.beams: dict[str, list[BeamAnswer]] = {}
         self.preemptions = 0
         self.steps = 0
 
@@ -141,3 +143,5 @@ class EngineHarness:
         entry.num_cached_tokens = max(entry.num_cached_tokens, update.num_cached_tokens)
         entry.finish_reason = update.finish_reason
         entry.error = update.error
+        if update.beams:
+            self.beams[update.request_id] = update.beams

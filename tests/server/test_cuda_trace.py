@@ -8,7 +8,7 @@ the host wait.
 import ctypes
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -276,14 +276,15 @@ EVERY_OPERATION = {
 
 @pytest.mark.parametrize("decoding", [True, False], ids=["decode", "prefill"])
 def test_no_step_waits_for_the_device(traced, decoding):
-    """Adapters of every kind, several to a step, and every way to sample."""
+    """Adapters of every kind, several to a step, every way to sample, and blocks for beams."""
     names, launched = list(traced.adapters), set()
     for first in range(0, len(names), MAX_SEQS - 1):
         sequences = [
             traced.sequence(name, decoding, **SAMPLING[index % len(SAMPLING)])
             for index, name in enumerate([None, *names[first : first + MAX_SEQS - 1]])
         ]
-        recorder, inputs = record(traced, traced.step(sequences, decoding))
+        plan = replace(traced.step(sequences, decoding), block_copies=((1, 20), (2, 21)))
+        recorder, inputs = record(traced, plan)
         assert recorder.waits == []
         assert (inputs.batch.bucket is not None) == (decoding and _is_captured(inputs))
         launched |= recorder.launched
