@@ -285,6 +285,12 @@ def cli() -> None:
     help="Launch decode steps on a GPU kernel by kernel.",
 )
 @_option(
+    "--cors-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let web pages of this origin call the API, * for any. Repeatable.  [default: none may]",
+)
+@_option(
     "--tool-call-parser",
     type=click.Choice(["auto", "hermes", "mistral", "llama3_json"]),
     default="auto",
@@ -317,6 +323,7 @@ def serve(
     quantization: str,
     no_prefix_caching: bool,
     no_cuda_graphs: bool,
+    cors_origin: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
@@ -334,6 +341,7 @@ def serve(
         copy_adapters=not no_adapter_copies,
         prefix_caching=not no_prefix_caching,
         cuda_graphs=not no_cuda_graphs,
+        cors_origins=cors_origin,
         **options,
     )
     # Here and not above, so that --help does not wait for transformers.

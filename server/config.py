@@ -39,6 +39,7 @@ class ServeConfig:
     prefix_caching: bool
     cuda_graphs: bool
     tool_call_parser: str
+    cors_origins: tuple[str, ...]
 
 
 def default_state_dir() -> Path:

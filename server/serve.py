@@ -107,7 +107,7 @@ async def _serve(
         )
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(state),
+                create_app(state, config.cors_origins),
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_SHUTDOWN_SECONDS,

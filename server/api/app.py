@@ -1,17 +1,26 @@
 """Puts the routes together; everything they work with comes in as ``AppState``."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from . import adapters, chat, completions, errors, health, models, tokenize
+from .openapi import document
+from .request_id import HEADER, RequestId
 from .security import BodyLimit
 from .sse import ClientGone, answer_gone_client
 from .state import AppState
 
 
-def create_app(state: AppState) -> FastAPI:
-    """The HTTP application; the interactive pages, which load scripts from elsewhere, are off."""
+def create_app(state: AppState, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """The HTTP application; the interactive pages, which load scripts from elsewhere, are off.
+
+    Args:
+        state: What the routes work with.
+        cors_origins: Origins whose web pages may call it, ``*`` for any.
+    """
     app = FastAPI(title="deltamux", version=version("deltamux"), docs_url=None, redoc_url=None)
     app.state.api = state
     errors.install(app)
@@ -21,6 +30,16 @@ def create_app(state: AppState) -> FastAPI:
         max_bytes=state.limits.max_body_bytes,
         max_upload_bytes=state.limits.max_upload_bytes,
     )
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER],
+        )
+    app.add_middleware(RequestId)
     for module in (completions, chat, models, tokenize, adapters, health):
         app.include_router(module.router)
+    document(app)
     return app

@@ -35,6 +35,7 @@ from ..store.errors import (
     UnknownAdapter,
     UnknownModel,
 )
+from .request_id import HEADER, request_id
 
 _MAX_MESSAGE = 1000
 _MAX_PARAM = 100
@@ -225,6 +226,8 @@ def install(app: FastAPI) -> None:
 def _handler(translate: Translate) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         refusal = translate(error, request)
-        return JSONResponse(refusal.body(), refusal.status_code, refusal.headers)
+        # What nobody expected is answered outside of all that names requests.
+        headers = {**(refusal.headers or {}), HEADER: request_id(request.scope)}
+        return JSONResponse(refusal.body(), refusal.status_code, headers)
 
     return answer

@@ -40,6 +40,15 @@ async def usage() -> None:
     raise NotServed("Usage is counted per tenant, and tenants are not served yet.")
 
 
+@router.post("/v1/embeddings")
+async def embeddings() -> None:
+    """Refused: the bases that are served write text, and were not made to embed it."""
+    raise NotServed(
+        "Embeddings are not served: the base is a model that generates text; use /v1/completions "
+        "or /v1/chat/completions."
+    )
+
+
 @router.get("/metrics")
 async def metrics(state: State) -> Response:
     """Prometheus' text format."""

@@ -50,6 +50,8 @@ def _require_loopback(request: Request) -> None:
     # The host name is checked too: a page whose name is re-bound to 127.0.0.1 reaches this port
     # under its own name. A proxy on this machine shows itself by what it forwards for.
     proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for"))
+    if "origin" in request.headers:
+        raise ManagementForbidden("Adapters are not managed from web pages.")
     hosts = [request.client.host if request.client else "", _named_host(request)]
     if proxied or not all(map(_is_loopback, hosts)):
         raise ManagementForbidden("Adapters are managed from this machine only (127.0.0.1).")
