@@ -94,7 +94,7 @@ def measure(options: Options) -> bool:
     )
     scenarios = make_scenarios(names, list(material.adapters), options.streams)
     try:
-        with _ending_in_order():
+        with ending_in_order():
             comparison = compare(systems, scenarios, setup, options.rounds, say)
     except SystemFailed as error:
         raise BenchmarkError(f"there is nothing to check answers with: {error}") from error
@@ -124,7 +124,7 @@ def _check(options: Options) -> None:
 
 
 @contextmanager
-def _ending_in_order() -> Iterator[None]:
+def ending_in_order() -> Iterator[None]:
     """Let SIGTERM end the systems too: they are processes of their own, most of them asleep."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -76,6 +76,7 @@ class Process:
             SystemFailed: It cannot be started.
         """
         self.log = log
+        self._over = False
         try:
             with log.open("w") as said:
                 self._process = subprocess.Popen(
@@ -107,19 +108,25 @@ class Process:
         Raises:
             SystemFailed: It ended instead.
         """
+        answer = "" if self.ended() else self._exchange(line)
+        if not answer:
+            with suppress(subprocess.TimeoutExpired):  # then it is ended by force
+                self._process.wait(_END_SECONDS)
+            self.end()
+            raise SystemFailed(self.obituary())
+        return answer
+
+    def _exchange(self, line: str) -> str:
+        """The answer; nothing if it ends instead."""
         questions, answers = self._process.stdin, self._process.stdout
         assert questions is not None
         assert answers is not None
         try:
             questions.write(line + "\n")
             questions.flush()
-            answer = answers.readline()
         except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self._process.wait(_END_SECONDS)
-            raise SystemFailed(self.obituary())
-        return answer
+            return ""
+        return answers.readline()
 
     def freeze(self) -> None:
         """Let it take no time of any core until it is thawed."""
@@ -130,7 +137,9 @@ class Process:
         self._signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """End it and all that it started, by force if need be."""
+        """End it and all that it started, by force if need be; once is enough."""
+        if self._over:
+            return
         self.thaw()
         self._signal(signal.SIGTERM)
         try:
@@ -139,7 +148,9 @@ class Process:
             self._signal(signal.SIGKILL)
             self._process.communicate()
         self._signal(signal.SIGKILL)  # children that outlived their parent
+        self._over = True  # and the number of the group may become another's
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # all have ended already
-            os.killpg(self._process.pid, number)
+        if not self._over:
+            with suppress(ProcessLookupError):  # all have ended already
+                os.killpg(self._process.pid, number)

@@ -24,7 +24,7 @@ def test_help_names_every_benchmark() -> None:
     assert all(name in output for name in ("kernels", "roofline", "serve", "compare", "step"))
 
 
-@pytest.mark.parametrize("name", ["compare", "adapters"])
+@pytest.mark.parametrize("name", ["adapters"])
 def test_later_benchmarks_are_refused_by_name(name: str) -> None:
     code, output = bench(name, "--rows", "3")
     assert code == 2

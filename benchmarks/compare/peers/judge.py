@@ -15,7 +15,9 @@ class Judge(Worker):
     def __init__(self, setup: Setup) -> None:
         """Start it; raises SystemFailed."""
         python: Path = setup.environments.python(ENVIRONMENT)
-        super().__init__("reference", python, setup, setup.log("reference"))
+        # It is not measured: where others compute beside it, it had better not spin.
+        variables = {"OMP_WAIT_POLICY": "PASSIVE"}
+        super().__init__("reference", python, setup, setup.log("reference"), variables)
 
     def gaps(self, rows: Sequence[tuple[str, Request, list[int]]]) -> list[list[float]]:
         """Of the tokens of each answer; raises SystemFailed."""

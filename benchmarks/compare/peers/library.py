@@ -22,10 +22,18 @@ _WORKERS = Path(__file__).parents[1]
 class Worker:
     """A program of ``workers/`` in the environment of its library."""
 
-    def __init__(self, name: str, python: Path, setup: Setup, log: Path, **more: object) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        setup: Setup,
+        log: Path,
+        variables: Mapping[str, str],
+        **more: object,
+    ) -> None:
         """Start it and have it load what is served; raises SystemFailed."""
         adapters = {name: str(folder) for name, folder in setup.material.adapters.items()}
-        env = foreign_environment({"HF_HUB_OFFLINE": "1"})
+        env = foreign_environment({"HF_HUB_OFFLINE": "1", **variables})
         command: list[Word] = [python, "-m", f"workers.{name}"]
         self._process = Process(command, log, env, cwd=_WORKERS, talks=True)
         try:
@@ -73,7 +81,7 @@ class Library(Worker):
         python = setup.environments.python(environment)
         self.versions: Mapping[str, object] = versions(python, environment.packages)
         self.settings: Mapping[str, object] = {**settings, "threads": setup.threads}
-        super().__init__(worker, python, setup, setup.log(name), **settings)
+        super().__init__(worker, python, setup, setup.log(name), {}, **settings)
 
     def answer(self, requests: Sequence[Request]) -> list[list[int]]:
         """Token ids, all requests in flight at once; raises SystemFailed."""

@@ -42,8 +42,11 @@ class Server:
         """Token ids, all requests in flight at once; raises SystemFailed."""
         try:
             return asyncio.run(_ask_all(self.url, requests))
-        except* (httpx.HTTPError, RequestFailed) as errors:
-            raise SystemFailed(f"a request failed: {errors.exceptions[0]}") from errors
+        except ExceptionGroup as errors:
+            failed, others = errors.split((httpx.HTTPError, RequestFailed))
+            if failed is None or others is not None:
+                raise
+            raise SystemFailed(f"a request failed: {failed.exceptions[0]}") from errors
 
     def run(self, scenario: Scenario, size: Size, phase: str) -> Outcome:
         """Warm up, then measure; raises SystemFailed if the server ended."""
