@@ -115,7 +115,8 @@ async def _serve(
         )
         starting = asyncio.create_task(_start_up(config, engine, state, declared, listener))
         starting.add_done_callback(lambda task: _stop_if_failed(task, server))
-        await server.serve(sockets=[listener])
+        with contextlib.closing(check):
+            await server.serve(sockets=[listener])
         if starting.done():
             starting.result()
         else:

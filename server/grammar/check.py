@@ -48,10 +48,13 @@ class GrammarCheck:
             raise GrammarRefused(refusal)
 
     def close(self) -> None:
-        """End the judge, if there is one."""
+        """End the judge, if there is one, in the midst of its work."""
+        judge = self._judge
+        if judge is not None and judge.is_alive:
+            judge.interrupt()
         self._thread.shutdown(cancel_futures=True)
-        if self._judge is not None and self._judge.is_alive:
-            self._judge.close()
+        if judge is not None and judge.is_alive:
+            judge.close()
 
     def _ask(self, grammar: str) -> str | None:
         if self._judge is None or not self._judge.is_alive:

@@ -6,6 +6,7 @@ must all match, for one. In no thread could that be stopped.
 
 import multiprocessing
 import resource
+import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -53,8 +54,12 @@ class Judge:
         self._pipe.send(grammar)
         return self._receive(_SECONDS)
 
+    def interrupt(self) -> None:
+        """End what the process does; whoever waits for its answer is told at once."""
+        self._process.kill()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process; nobody may be waiting for it."""
         self.is_alive = False
         self._process.kill()
         self._process.join()
@@ -87,6 +92,7 @@ def judge(grammar: str, vocabulary: Vocabulary) -> None:
 
 
 def _run(pipe: Connection, source: VocabularySource) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it, in its own order
     Path("/proc/self/comm").write_text(PROCESS_NAME)
     vocabulary = source.load()
     _limit_memory()
