@@ -21,6 +21,7 @@ from ...kernels.input_transform.op import TransformInput
 from ...kernels.linear.op import LinearOp
 from ...kernels.norm_override.op import OverrideNorm
 from ...kernels.side_attention.op import AddSideAttention
+from ...kernels.spectral.correction import SpectralCorrection
 from ...kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
 from ..layout import Half
 from ..primitives.embedding import EmbeddingAffine, EmbeddingRows
@@ -141,6 +142,11 @@ class AdapterBatch:
             if each is not None
             for segments in each.passes
         )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the step's launches depend on nothing but ``shape``."""
+        return not any(isinstance(each.op, SpectralCorrection) for each in self._linear)
 
     def linear(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
         """The site's output (rows, out) for x (rows, in), every row corrected by its adapters."""

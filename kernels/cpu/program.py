@@ -204,6 +204,8 @@ class Recorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             return self._place(func, args, named)
         result = func(*args, **named)
+        if isinstance(result, bool | int | float):
+            raise NotRecordable(f"{func} looks at a tensor's numbers")
         if not func.is_view:
             self._end_calls()
             self.parts.append(_TorchCall(func, args, named, _tensors(result)))

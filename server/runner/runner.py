@@ -53,6 +53,12 @@ class StepInputs:
         adapters = (self.deltas, self.head_deltas)
         return (self.batch.shape, *(each and each.shape for each in adapters))
 
+    @property
+    def capturable(self) -> bool:
+        """Whether steps of one shape make the same launches: then one can stand for all."""
+        adapters = (self.deltas, self.head_deltas)
+        return all(each is None or each.capturable for each in adapters)
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
@@ -180,7 +186,7 @@ class Runner:
         def compute() -> Tensor:
             return self._decoder.logits(self._forward(inputs), inputs.head_deltas)
 
-        if self._graphs is None or self._stage.overflowed:
+        if self._graphs is None or self._stage.overflowed or not inputs.capturable:
             return compute()
         return self._graphs.run(inputs.shape, compute)
 
