@@ -58,41 +58,6 @@ class Comparison:
     settings: Mapping[str, Mapping[str, object]]
 
 
-class _Book:
-    """What is known so far."""
-
-    def __init__(self, systems: Sequence[Peer], scenarios: Sequence[Scenario]) -> None:
-        names = [scenario.name for scenario in scenarios]
-        self.reasons = {
-            (peer.name, name): f"not offered: {peer.lacks[name]}"
-            for peer in systems
-            for name in names
-            if name in peer.lacks
-        }
-        self.findings: dict[tuple[str, str], Finding] = {}
-        self.figures: dict[tuple[str, str], dict[int, Figures]] = {
-            (peer.name, name): {} for peer in systems for name in names
-        }
-        self.running: dict[str, Running] = {}
-
-    def open(self, peer: Peer, scenario: Scenario) -> bool:
-        """Whether a system is still asked for a scenario."""
-        return (peer.name, scenario.name) not in self.reasons
-
-    def strike(self, name: str, scenarios: Sequence[Scenario], reason: str) -> None:
-        """Ask a system for these no more, where there is no reason already."""
-        for scenario in scenarios:
-            self.reasons.setdefault((name, scenario.name), reason)
-
-    def cells(self) -> dict[tuple[str, str], Cell]:
-        return {
-            key: Cell(
-                self.reasons.get(key), self.findings.get(key), {} if key in self.reasons else rounds
-            )
-            for key, rounds in self.figures.items()
-        }
-
-
 def compare(
     systems: Sequence[Peer], scenarios: Sequence[Scenario], setup: Setup, rounds: int, say: Say
 ) -> Comparison:
@@ -101,123 +66,147 @@ def compare(
     Raises:
         SystemFailed: The reference cannot be had, without which nothing is measured.
     """
-    book = _Book(systems, scenarios)
+    run = _Run(systems, scenarios, setup, say)
     with ExitStack() as stack:
-        _check_all(systems, scenarios, setup, book, stack, say)
+        run.check(stack)
         for number in range(1, rounds + 1):
-            for scenario in scenarios:
-                for peer in _in_turn(systems, number):
-                    if book.open(peer, scenario):
-                        say(f"round {number} of {rounds}, {scenario.title}: {peer.name}")
-                        _measure(peer, scenario, setup, book, number)
+            run.measure(number, rounds)
+        return run.result()
+
+
+class _Run:
+    """A comparison under way: who is running, and what is known so far."""
+
+    def __init__(
+        self, systems: Sequence[Peer], scenarios: Sequence[Scenario], setup: Setup, say: Say
+    ) -> None:
+        self._systems = systems
+        self._scenarios = scenarios
+        self._setup = setup
+        self._say = say
+        self._running: dict[str, Running] = {}
+        pairs = [(peer, scenario.name) for peer in systems for scenario in scenarios]
+        self._reasons = {
+            (peer.name, name): f"not offered: {peer.lacks[name]}"
+            for peer, name in pairs
+            if name in peer.lacks
+        }
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._rounds: dict[tuple[str, str], dict[int, Figures]] = {
+            (peer.name, name): {} for peer, name in pairs
+        }
+
+    def check(self, stack: ExitStack) -> None:
+        """Start every system, to end with ``stack``, and compare its answers with the reference's.
+
+        Raises:
+            SystemFailed: The reference cannot be had.
+        """
+        self._say("starting the reference: transformers and PEFT in float32")
+        judge = Judge(self._setup)
+        try:
+            judge.freeze()
+            for peer in self._systems:
+                asked = [each for each in self._scenarios if self._asks(peer, each)]
+                if asked and self._start(peer, asked, stack):
+                    for scenario in asked:
+                        self._say(f"checking the answers of {peer.name}: {scenario.title}")
+                        self._check(peer, scenario, judge)
+        finally:
+            judge.end()
+
+    def measure(self, number: int, rounds: int) -> None:
+        """One round; every other one backwards, so that a machine that slows favours nobody."""
+        systems = self._systems if number % 2 else tuple(reversed(self._systems))
+        for scenario in self._scenarios:
+            for peer in systems:
+                if self._asks(peer, scenario):
+                    self._say(f"round {number} of {rounds}, {scenario.title}: {peer.name}")
+                    self._measure(peer, scenario, number)
+
+    def result(self) -> Comparison:
+        """What is known; of those that dropped out later, no figures."""
+        running = self._running.items()
         return Comparison(
-            systems=tuple(systems),
-            scenarios=tuple(scenarios),
-            cells=book.cells(),
-            versions={name: running.versions for name, running in book.running.items()},
-            settings={name: running.settings for name, running in book.running.items()},
+            systems=tuple(self._systems),
+            scenarios=tuple(self._scenarios),
+            cells={
+                key: Cell(
+                    reason := self._reasons.get(key),
+                    self._findings.get(key),
+                    rounds if reason is None else {},
+                )
+                for key, rounds in self._rounds.items()
+            },
+            versions={name: system.versions for name, system in running},
+            settings={name: system.settings for name, system in running},
         )
 
+    def _asks(self, peer: Peer, scenario: Scenario) -> bool:
+        """Whether a system is still in the comparison of a scenario."""
+        return (peer.name, scenario.name) not in self._reasons
 
-def _in_turn(systems: Sequence[Peer], number: int) -> Sequence[Peer]:
-    """Forwards and backwards, so that a machine that slows down favours nobody."""
-    return systems if number % 2 else tuple(reversed(systems))
+    def _start(self, peer: Peer, asked: Sequence[Scenario], stack: ExitStack) -> bool:
+        self._say(f"starting {peer.name}: {peer.about}")
+        try:
+            running = peer.start(self._setup)
+        except SystemFailed as error:
+            for scenario in asked:
+                self._drop(peer, scenario, f"unavailable: {error}")
+            return False
+        stack.callback(running.end)
+        running.freeze()
+        self._running[peer.name] = running
+        return True
 
+    def _drop(self, peer: Peer, scenario: Scenario, reason: str) -> None:
+        self._say(f"{peer.name} has no figures, {scenario.title}: {reason}")
+        self._reasons[peer.name, scenario.name] = reason
 
-def _check_all(
-    systems: Sequence[Peer],
-    scenarios: Sequence[Scenario],
-    setup: Setup,
-    book: _Book,
-    stack: ExitStack,
-    say: Say,
-) -> None:
-    """Start every system and compare its answers with the reference's."""
-    say("starting the reference: transformers and PEFT in float32")
-    judge = Judge(setup)
-    try:
-        judge.freeze()
-        for peer in systems:
-            asked = [scenario for scenario in scenarios if book.open(peer, scenario)]
-            if asked and _start(peer, asked, setup, book, stack, say):
-                for scenario in asked:
-                    say(f"checking the answers of {peer.name}: {scenario.title}")
-                    _check(peer, scenario, setup, book, judge)
-    finally:
-        judge.end()
+    def _check(self, peer: Peer, scenario: Scenario, judge: Judge) -> None:
+        requests, running = self._requests(scenario), self._running[peer.name]
+        try:
+            with _awake(running):
+                answers = _answer(running, requests, scenario.streams)
+        except SystemFailed as error:
+            self._drop(peer, scenario, f"failed: {error}")
+            return
+        with _awake(judge):
+            finding = check(judge, requests, answers, [BASE, *self._setup.material.adapters])
+        self._findings[peer.name, scenario.name] = finding
+        if finding.fault is not None:
+            self._drop(peer, scenario, f"wrong: {finding.fault}")
 
+    def _requests(self, scenario: Scenario) -> list[Request]:
+        """One for each stream, or a few for one."""
+        size = self._setup.size
+        tokens = min(_CHECKED_TOKENS, size.output_tokens)
+        size = replace(size, output_tokens=tokens, per_stream=_CHECKED_REQUESTS)
+        planned = scenario.workload(size, "check").planned()
+        count = max(_CHECKED_REQUESTS, scenario.streams)
+        return [each.request for each in islice(planned, count)]
 
-def _start(
-    peer: Peer,
-    asked: Sequence[Scenario],
-    setup: Setup,
-    book: _Book,
-    stack: ExitStack,
-    say: Say,
-) -> bool:
-    say(f"starting {peer.name}: {peer.about}")
-    try:
-        running = peer.start(setup)
-    except SystemFailed as error:
-        say(f"{peer.name} is not available: {error}")
-        book.strike(peer.name, asked, f"unavailable: {error}")
-        return False
-    stack.callback(running.end)
-    running.freeze()
-    book.running[peer.name] = running
-    return True
-
-
-def _check(peer: Peer, scenario: Scenario, setup: Setup, book: _Book, judge: Judge) -> None:
-    if not book.open(peer, scenario):
-        return
-    requests = _requests(scenario, setup)
-    running = book.running[peer.name]
-    try:
-        with _awake(running):
-            answers = [
-                answer
-                for batch in _batches(requests, scenario.streams)
-                for answer in running.answer(batch)
-            ]
-    except SystemFailed as error:
-        book.strike(peer.name, [scenario], f"failed: {error}")
-        return
-    with _awake(judge):
-        finding = check(judge, requests, answers, [BASE, *setup.material.adapters])
-    book.findings[peer.name, scenario.name] = finding
-    if finding.fault is not None:
-        book.strike(peer.name, [scenario], f"wrong: {finding.fault}")
+    def _measure(self, peer: Peer, scenario: Scenario, number: int) -> None:
+        running = self._running[peer.name]
+        try:
+            with _awake(running):
+                outcome = running.run(scenario, self._setup.size, f"round {number}")
+        except SystemFailed as error:
+            self._drop(peer, scenario, f"failed: {error}")
+            return
+        faults = [*outcome.warmup_errors, *(each.error for each in outcome.records if each.error)]
+        if faults:
+            reason = f"failed: {len(faults)} requests, the first: {faults[0]}"
+            self._drop(peer, scenario, reason)
+            return
+        figures = summarize(outcome.records, outcome.seconds, Objective())
+        self._rounds[peer.name, scenario.name][number] = figures
 
 
-def _requests(scenario: Scenario, setup: Setup) -> list[Request]:
-    """One for each stream, or a few for one."""
-    tokens = min(_CHECKED_TOKENS, setup.size.output_tokens)
-    size = replace(setup.size, output_tokens=tokens, per_stream=_CHECKED_REQUESTS)
-    planned = scenario.workload(size, "check").planned()
-    count = max(_CHECKED_REQUESTS, scenario.streams)
-    return [each.request for each in islice(planned, count)]
-
-
-def _batches(requests: Sequence[Request], streams: int) -> Iterator[Sequence[Request]]:
-    return (requests[first : first + streams] for first in range(0, len(requests), streams))
-
-
-def _measure(peer: Peer, scenario: Scenario, setup: Setup, book: _Book, number: int) -> None:
-    running = book.running[peer.name]
-    try:
-        with _awake(running):
-            outcome = running.run(scenario, setup.size, f"round {number}")
-    except SystemFailed as error:
-        book.strike(peer.name, [scenario], f"failed: {error}")
-        return
-    faults = [*outcome.warmup_errors, *(each.error for each in outcome.records if each.error)]
-    if faults:
-        reason = f"failed: {len(faults)} requests, the first: {faults[0]}"
-        book.strike(peer.name, [scenario], reason)
-        return
-    figures = summarize(outcome.records, outcome.seconds, Objective())
-    book.figures[peer.name, scenario.name][number] = figures
+def _answer(running: Running, requests: Sequence[Request], streams: int) -> list[list[int]]:
+    """So many in flight at a time."""
+    batches = [requests[first : first + streams] for first in range(0, len(requests), streams)]
+    return [answer for batch in batches for answer in running.answer(batch)]
 
 
 @contextmanager

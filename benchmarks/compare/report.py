@@ -1,7 +1,9 @@
 """What was found, for readers: tables, ratios, and the line of JSON."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from statistics import median
 
 from ..load.results import Figures
@@ -20,6 +22,7 @@ _HEADER = (
     *("tokens/s: ours / theirs", "TTFT: ours / theirs", "ITL: ours / theirs"),
 )
 _NONE = "-"
+_ADAPTER = re.compile(r"lora-\d\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +139,7 @@ def _reasons(comparison: Comparison) -> Iterator[str]:
 
 def _checks(comparison: Comparison) -> str:
     rows = [
-        (
-            name,
-            scenario,
-            f"{finding.mean_gap:.4f}",
-            f"{finding.worst_gap:.2f}",
-            _gap(finding.rival_gap),
-        )
+        (name, scenario, *map(_gap, (finding.mean_gap, finding.worst_gap, finding.rival_gap)))
         for (name, scenario), cell in comparison.cells.items()
         if (finding := cell.finding) is not None
     ]
@@ -169,8 +166,8 @@ def _settings(comparison: Comparison) -> str:
 
 
 def _shown(value: object) -> str:
-    """A command without its list of adapters, which the JSON has."""
-    if isinstance(value, (list, tuple)):
-        words = [str(word) for word in value if "lora-" not in str(word)]
-        return " ".join(words)
-    return str(value)
+    """A command without its long list of adapters, which the JSON has."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    words = [str(word) for word in value if not _ADAPTER.search(str(word))]
+    return " ".join(word for word, _ in groupby(words))

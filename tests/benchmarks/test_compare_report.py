@@ -176,16 +176,16 @@ def test_a_system_that_serves_the_wrong_adapter_has_no_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = Fake()
-    material_check = Finding("3 of 4 answers are not the model's", 2.0, 9.0, 0.0)
+    wrong = Finding("3 of 4 answers are not the model's", 2.0, 9.0, 0.0)
     right = Finding(None, 0.0, 0.0, 1.0)
+    short = Finding("request 0: 3 tokens instead of 4", None, None, None)
+    findings = iter([right, right, wrong, right, short, right])
     monkeypatch.setattr(comparing, "Judge", lambda _: Fake())
-    found = {"distinct": material_check, "shared": right}
-    order = iter([right, right, found["distinct"], right])
-    monkeypatch.setattr(comparing, "check", lambda *_: next(order))
+    monkeypatch.setattr(comparing, "check", lambda *_: next(findings))
     material = Material(Path(), Path(), {name: Path(name) for name in ADAPTERS})
     setup = Setup(material, SIZE, 1, Path(), Environments(Path(), "torch", print))
     scenarios = make_scenarios(["distinct", "shared"], ADAPTERS, 4)
-    peers = [peer("ours", Fake()), peer("other", fake)]
+    peers = [peer("ours", Fake()), peer("other", fake), peer("brief", Fake())]
     comparison = compare(peers, scenarios, setup, 1, lambda _: None)
     assert fake.log == ["round 1, shared", "ended"]
     cell = comparison.cells["other", "distinct"]
