@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **named)
         if isinstance(result, bool | int | float):
             raise NotRecordable(f"{func} looks at a tensor's numbers")
-        if not func.is_view:
+        if func._schema.is_mutable or not _is_view(result, args):
             self._end_calls()
             self.parts.append(_TorchCall(func, args, named, _tensors(result)))
         return result
@@ -263,6 +263,16 @@ class Programs:
         with Recorder(self.library, self.arena) as recorder:
             result = compute()
         return Program(self.library, recorder.parts, result, self.report).replay
+
+
+def _is_view(result: Any, args: Sequence[Any]) -> bool:
+    """Whether the result is made of the arguments' memory.
+
+    It is looked at, not asked of the operation: in inference mode some come here that return a view
+    or a copy, as need be.
+    """
+    given = {each.untyped_storage().data_ptr() for each in _tensors(args)}
+    return all(each.untyped_storage().data_ptr() in given for each in _tensors(result))
 
 
 def _tensors(result: Any) -> Sequence[Tensor]:

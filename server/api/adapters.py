@@ -23,7 +23,7 @@ from .adapter_bodies import (
 from .adapter_cards import Cards
 from .body import Body
 from .errors import InvalidRequest, InvalidUserInput, NotFound
-from .security import is_upload, json_only, loopback_only, require_json, require_own_page
+from .security import is_upload, json_only, loopback_only, require_json
 from .state import AppState, State
 
 router = APIRouter(dependencies=[loopback_only])
@@ -48,7 +48,6 @@ async def list_adapters(
 async def add_adapter(request: Request, state: State) -> Response:
     """Register an adapter, from a source named in JSON or from an archive in a form."""
     if is_upload(request):
-        require_own_page(request)
         return await _add_upload(request, state)
     require_json(request)
     body = _parsed(AdapterBody, await _json_of(request))

@@ -31,17 +31,6 @@ def is_upload(request: Request) -> bool:
     return _media_type(request.headers.get("content-type", "")) == _FORM
 
 
-def require_own_page(request: Request) -> None:
-    """Refuse a form that a web page of another server sends, which it may without asking first.
-
-    Raises:
-        ManagementForbidden: The browser says so.
-    """
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ManagementForbidden(f"Adapters are not taken from the web page {origin}.")
-
-
 def _media_type(header: str) -> str:
     return header.partition(";")[0].strip().lower()
 
@@ -50,8 +39,11 @@ def _require_loopback(request: Request) -> None:
     # The host name is checked too: a page whose name is re-bound to 127.0.0.1 reaches this port
     # under its own name. A proxy on this machine shows itself by what it forwards for.
     proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for"))
-    if "origin" in request.headers:
-        raise ManagementForbidden("Adapters are not managed from web pages.")
+    # A page of another server may send a form without asking first, and one that was let in by
+    # --cors-origin any body.
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise ManagementForbidden(f"Adapters are not managed from the web page {origin}.")
     hosts = [request.client.host if request.client else "", _named_host(request)]
     if proxied or not all(map(_is_loopback, hosts)):
         raise ManagementForbidden("Adapters are managed from this machine only (127.0.0.1).")

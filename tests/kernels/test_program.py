@@ -58,6 +58,22 @@ def test_a_recorded_step_computes_what_the_step_does(
         assert not torch.equal(expected, first)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_conversions_and_shapes_are_recorded_where_they_copy(
+    programs: Programs, inference: bool
+) -> None:
+    x = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+
+    def compute() -> Tensor:
+        y = x.view(3, 2).bfloat16().contiguous().t().reshape(6)
+        return y.float().view(2, 3).float()
+
+    with torch.inference_mode(inference):
+        replay = programs.capture(compute)
+        x += 1
+        assert torch.equal(replay(), compute())
+
+
 def test_recorded_steps_share_their_memory_and_not_their_results(
     step: tuple[Callable[[], Tensor], Tensor], programs: Programs
 ) -> None:

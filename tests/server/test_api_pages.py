@@ -10,9 +10,6 @@ import pytest
 from deltamux.server.api.app import create_app
 from deltamux.server.api.openapi import DOCS
 
-from .fake_engine import FakeEngine, byte_level_tokenizer, make_state
-from .fake_engine import Limits as ApiLimits
-
 ASK = {"model": "base", "prompt": "one two"}
 OWN = re.compile(r"req-[0-9a-f]{32}")
 
@@ -57,8 +54,7 @@ def test_web_pages_are_kept_out_unless_their_origin_is_named(server):
     headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     closed = httpx.options(f"{server.url}/v1/completions", headers=headers)
     assert "access-control-allow-origin" not in closed.headers
-    state = make_state(FakeEngine(byte_level_tokenizer()), ApiLimits())
-    app = create_app(state, ["https://a.example"])
+    app = create_app(server.state, ["https://a.example"])
     transport = httpx.ASGITransport(app)
 
     async def preflight(origin: str) -> httpx.Response:
@@ -74,15 +70,15 @@ def test_web_pages_are_kept_out_unless_their_origin_is_named(server):
 
 
 def test_web_pages_do_not_manage_adapters(server):
-    answer = httpx.get(f"{server.url}/v1/adapters", headers={"Origin": server.url})
-    assert answer.status_code == 403
-    assert httpx.get(f"{server.url}/v1/adapters").status_code == 200
+    for origin, status in ((None, 200), (server.url, 200), ("https://a.example", 403)):
+        headers = {} if origin is None else {"Origin": origin}
+        answer = httpx.get(f"{server.url}/v1/adapters", headers=headers)
+        assert answer.status_code == status
 
 
-@pytest.fixture(scope="module")
-def page() -> dict:
-    state = make_state(FakeEngine(byte_level_tokenizer()), ApiLimits())
-    return create_app(state).openapi()
+@pytest.fixture
+def page(server) -> dict:
+    return create_app(server.state).openapi()
 
 
 def resolved(page: dict, schema: dict) -> dict:

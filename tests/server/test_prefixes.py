@@ -24,6 +24,7 @@ from deltamux.server.runner.prefix import load_prefix
 from ..adapterhub_golden import GOLDENS
 from ..peft_zoo import FAMILIES, Generation, PeftOracle, Variant
 from .fake_engine import Running
+from .fake_store import write_adapter
 from .harness import EngineHarness, engine_config, make_request
 
 LENGTHS = (1, 5, 16, 19)
@@ -394,21 +395,24 @@ def post(server: Running, prompt: list[int], **more) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body)
 
 
-def test_a_prompt_that_the_cache_cannot_hold_is_refused_before_it_is_queued(server):
+def register_prefix(server: Running, folder: Path) -> None:
+    load = {"lora_name": "p", "lora_path": str(write_adapter(folder, "p"))}
+    assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=load).status_code == 200
+
+
+def test_a_prompt_that_the_cache_cannot_hold_is_refused_before_it_is_queued(server, tmp_path):
     """The cache has four blocks of 16, of which a prefix of 5 takes one."""
     server.engine.info = msgspec.structs.replace(server.engine.info, num_blocks=4)
     server.engine.composables = {"p": Composable(None, 5, True)}
-    load = {"lora_name": "p", "lora_path": "p"}
-    assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=load).status_code == 200
+    register_prefix(server, tmp_path)
     assert post(server, tokens(47), max_tokens=1).status_code == 200
     assert post(server, tokens(48), max_tokens=1).status_code == 400
     assert post(server, tokens(40), max_tokens=9).status_code == 400
     assert len(server.engine.submitted) == 1
 
 
-def test_a_prefix_without_a_shift_takes_none_of_the_models_length(server):
+def test_a_prefix_without_a_shift_takes_none_of_the_models_length(server, tmp_path):
     server.engine.composables = {"p": Composable(None, 5, False)}
-    load = {"lora_name": "p", "lora_path": "p"}
-    httpx.post(f"{server.url}/v1/load_lora_adapter", json=load)
+    register_prefix(server, tmp_path)
     assert post(server, tokens(63), max_tokens=1).status_code == 200
     assert post(server, tokens(64), max_tokens=1).status_code == 400
