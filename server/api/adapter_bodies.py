@@ -1,5 +1,6 @@
 """Bodies of the routes that manage adapters."""
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -56,6 +57,24 @@ class AdapterBody(AdapterFields):
         if bool(self.source) == bool(self.path):
             raise ValueError("name the adapter's files once, by 'source' (a path or a URL)")
         return self
+
+
+def _form() -> dict[str, object]:
+    schema = AdapterFields.model_json_schema()
+    archive = {"type": "string", "format": "binary", "description": "A .tar, .tar.gz or .zip."}
+    schema["properties"]["archive"] = archive
+    schema["required"] = [*schema["required"], "archive"]
+    return schema
+
+
+NEW_ADAPTER: Mapping[str, object] = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": AdapterBody.model_json_schema()},
+        "multipart/form-data": {"schema": _form()},
+    },
+}
+"""OpenAPI's word for the body of ``POST /v1/adapters``, which may come in two ways."""
 
 
 class ChangeAdapterBody(Body):

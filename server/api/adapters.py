@@ -14,6 +14,7 @@ from ..store.errors import AlreadyLoaded, UnknownAdapter
 from ..store.registry import Wanted
 from ..store.sources import parse_source
 from .adapter_bodies import (
+    NEW_ADAPTER,
     AdapterBody,
     AdapterFields,
     ChangeAdapterBody,
@@ -44,7 +45,7 @@ async def list_adapters(
     return _json({"object": "list", "data": data, "has_more": len(behind) > limit})
 
 
-@router.post("/v1/adapters")
+@router.post("/v1/adapters", openapi_extra={"requestBody": NEW_ADAPTER})
 async def add_adapter(request: Request, state: State) -> Response:
     """Register an adapter, from a source named in JSON or from an archive in a form."""
     if is_upload(request):

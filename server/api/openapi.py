@@ -149,7 +149,9 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("delete", "/v1/adapters/{name}"): RouteDoc(
         {"name": "pirate", "object": "adapter", "deleted": True}, (*_MANAGEMENT, 503)
     ),
-    ("patch", "/v1/adapters/{name}"): RouteDoc(None, (*_MANAGEMENT, 501)),
+    ("patch", "/v1/adapters/{name}"): RouteDoc(
+        _ADAPTER, (*_BODY, *_MANAGEMENT, 503), {"version": "3f2a91c0", "pinned": True}
+    ),
     ("post", "/v1/load_lora_adapter"): RouteDoc(
         "Success: LoRA adapter 'pirate' added successfully.",
         (*_BODY, *_MANAGEMENT, 503),
