@@ -105,14 +105,23 @@ _MODEL = {
     "max_model_len": 8192,
     "permission": [],
 }
+_DIGEST = "sha256:" + "3f2a91c0" * 8
 _ADAPTER = {
     "name": "pirate",
     "object": "adapter",
-    "path": "/srv/adapters/pirate",
-    "state": "ready",
-    "created": 1767225600,
+    "state": "on_device",
     "error": None,
+    "source": "/srv/adapters/pirate",
+    "path": "/var/lib/deltamux/adapters/3f2a91c0",
+    "origin": "",
+    "owner": None,
+    "created": 1767225600,
+    "pinned": False,
+    "hits": 12,
+    "last_used": 1767229200,
+    "digest": _DIGEST,
     "info": {"kind": "lora", "library": "peft", "rank": 16},
+    "versions": [{"digest": _DIGEST, "default": True, "state": "on_device"}],
 }
 
 DOCS: Mapping[tuple[str, str], RouteDoc] = {
