@@ -12,6 +12,8 @@
 
 #include <memory>
 
+// Tiles 2 and 3 are sums. Of scores, 0 is of queries, 4 and 5 of keys; of what the weights give, 0 and 1
+// are of weights, 4 and 5 of values.
 class MatrixTiles {
     static constexpr int64_t HALVES = KEYS / TILE_INS, GROUPS = KEYS / TILE_ROWS;
 
