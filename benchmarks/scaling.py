@@ -25,7 +25,7 @@ from .load.lengths import Lengths
 from .load.popularity import Popularity
 from .load.results import Objective, evaluate
 from .load.run import run
-from .load.served import Served, ask_server
+from .load.served import ask_server
 from .load.workload import Workload
 from .machine import describe_machine, describe_versions
 from .markdown import table
@@ -83,11 +83,12 @@ def points(most: int) -> Iterator[Point]:
         yield Point(CURVES[2], steps[-1], adapters)
 
 
-def workload_of(point: Point, served: Served, requests_per_stream: int, seed: int) -> Workload:
+def workload_of(
+    point: Point, base: str, adapters: tuple[str, ...], requests_per_stream: int, seed: int
+) -> Workload:
     """The requests of one run; no two runs share a prompt."""
-    base = served.base or ""
     return Workload(
-        models=served.adapters[: point.adapters] if point.adapters else (base,),
+        models=adapters[: point.adapters] if point.adapters else (base,),
         base=base,
         load=Closed(point.streams),
         requests=max(8, point.streams * requests_per_stream),
@@ -109,7 +110,9 @@ def measure(url: str, all_points: Sequence[Point], options: argparse.Namespace) 
     found: dict[Point, list[tuple[float, ...]]] = {point: [] for point in all_points}
     for number in range(options.rounds):
         for point in all_points if number % 2 == 0 else reversed(all_points):
-            workload = workload_of(point, served, options.requests_per_stream, number)
+            workload = workload_of(
+                point, served.base, served.adapters, options.requests_per_stream, number
+            )
             total = evaluate(asyncio.run(run(url, workload, TIMEOUT_SECONDS)), Objective({})).total
             if total.failed:
                 raise SystemExit(f"{total.failed} requests failed at {point}")

@@ -15,7 +15,7 @@
 // Tiles 2 and 3 are sums. Of scores, 0 is of queries, 4 and 5 of keys; of what the weights give, 0 and 1
 // are of weights, 4 and 5 of values.
 class MatrixTiles {
-    static constexpr int64_t HALVES = KEYS / TILE_INS, GROUPS = KEYS / TILE_ROWS;
+    static constexpr int64_t GROUPS = KEYS / TILE_ROWS;
 
     struct alignas(64) CacheLine {
         uint8_t bytes[64];
@@ -33,7 +33,7 @@ class MatrixTiles {
     State* states;      // (columns / 16)
     uint32_t* queries;  // (columns / 16, in_tiles, 16 pairs, 16 columns)
     float* out;         // (columns, head_dim) in the order of the values, not yet divided by the total
-    bfloat16 *copied_keys, *values;  // (KEYS, head_dim); (HALVES, head_dim / 16, 16 pairs, 16 x 2)
+    bfloat16 *copied_keys, *values;  // (KEYS, head_dim); (KEYS / 32, head_dim / 16, 16 pairs, 16 x 2)
     const bfloat16* keys[GROUPS];    // 16 rows each
     alignas(64) float scores[KEYS][TILE_OUTS];
     alignas(64) uint32_t weights[2][TILE_ROWS][KEYS / 2];  // pairs: rounded; what rounding took away
