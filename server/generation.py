@@ -91,6 +91,18 @@ class AdapterWeight(msgspec.Struct, frozen=True, array_like=True):
     weight: float = 1.0
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """Whose request it is, for fair scheduling.
+
+    Attributes:
+        tenant: Name; empty for requests of no tenant, which together count as one.
+        weight: Its share of the tokens served, relative to the others' that have work, > 0.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate; ``n`` choices are n of these.
 
@@ -101,6 +113,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         adapters: Their corrections are added; none, for the bare base.
         cache_salt: Requests share cached prefixes only under an equal salt.
         priority: Lower runs earlier (vLLM's meaning).
+        share: Whose it is.
         output_token_ids: Tokens already generated, to resume where another engine stopped.
     """
 
@@ -110,6 +123,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[AdapterWeight] = []
     cache_salt: str | None = None
     priority: int = 0
+    share: Share = Share()
     output_token_ids: list[int] = []
 
 
