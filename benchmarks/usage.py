@@ -7,7 +7,7 @@ import click
 
 from .errors import BenchmarkError
 
-_PACKAGES = ("httpx", "rich", "matplotlib")
+_PACKAGES = ("httpx", "httpx_aiohttp", "rich", "matplotlib")
 """Of the extra ``bench``."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import uvicorn
+import uvloop
 from sqlalchemy import Engine
 
 from .api.app import create_app
@@ -73,8 +74,11 @@ def run(config: ServeConfig) -> None:
     try:
         listener = _bind(config.host, config.port)
         folder = resolve_model(config.model, config.state_dir)
-        with open_database(config.state_dir) as database:
-            asyncio.run(_serve(config, folder, listener, database))
+        with (
+            open_database(config.state_dir) as database,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            runner.run(_serve(config, folder, listener, database))
     except _CANNOT_START as error:
         raise ServeError(str(error)) from error
 
@@ -108,6 +112,7 @@ async def _serve(
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(state, config.cors_origins),
+                http="httptools",
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_SHUTDOWN_SECONDS,

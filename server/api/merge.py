@@ -22,6 +22,11 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
     However it ends, by exhaustion, an error, closing or cancellation, every stream is closed
     before it returns.
     """
+    if len(streams) == 1:  # nearly always: a task and a queue would cost every token a detour
+        async with aclosing(streams[0]) as only:
+            async for each in only:
+                yield each
+        return
     queue: asyncio.Queue[T | _End] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     live = len(pumps)

@@ -134,7 +134,8 @@ def test_a_failed_warm_up_is_a_failure(server: FakeServer) -> None:
 def test_silence_is_a_failure(server: FakeServer) -> None:
     server.seconds_per_chunk = 0.3
     report = load(server, "--timeout", "0.05", "--concurrency", "12", "--warmup", "0", code=1)
-    assert report["results"]["failures"] == {"ReadTimeout": 12}
+    [(reason, count)] = report["results"]["failures"].items()
+    assert (reason.startswith("ReadTimeout"), count) == (True, 12)
 
 
 def test_tenants_send_their_keys_and_nothing_shows_them(
