@@ -23,13 +23,14 @@ struct LowRank {
 class MatrixAffine {
     static constexpr int64_t FEW_ROWS = 4;  // below this, making tiles costs more than it saves
     static constexpr int64_t STRIP = 2 * TILE_OUTS;
+    static constexpr int64_t WIDE = 8 * STRIP;  // outputs of y read and written in one go
     static constexpr int64_t PAIR_BYTES = 2 * sizeof(bfloat16);
 
     const LowRank<bfloat16>& adapter;
     const int64_t ranks, in_tiles;  // the rank in whole tiles
-    float *h, *sums;                          // (ROWS, ranks) with zeros past the rank; (32, STRIP)
+    float *h, *sums;                          // (ROWS, ranks) with zeros past the rank; (32, WIDE)
     bfloat16 *factors;                        // (ROWS, 2 ranks): high and low pairs in turns
-    bfloat16 *a_tiles, *b_tiles, *copied_x;   // (in_tiles, TILE); (2, ranks / 16, TILE); rows of x
+    bfloat16 *a_tiles, *b_tiles, *copied_x;   // (in_tiles, TILE); (WIDE / 16, ranks / 16, TILE); x
 
   public:
     static constexpr int64_t ROWS = 4 * TILE_ROWS;  // at most
@@ -38,8 +39,8 @@ class MatrixAffine {
     static int64_t scratch(const LowRank<bfloat16>& adapter) {
         const int64_t ranks = div_up(adapter.rank, TILE_OUTS) * TILE_OUTS;
         const int64_t ins = div_up(adapter.ins, TILE_INS) * TILE_INS;
-        const int64_t halves = ROWS * 2 * ranks + ins * TILE_OUTS + 4 * ranks * TILE_OUTS + ROWS * ins;
-        return LANES + ROWS * ranks + 2 * TILE_ROWS * STRIP + halves / 2;
+        const int64_t halves = ROWS * 2 * ranks + ins * TILE_OUTS + 2 * ranks * WIDE + ROWS * ins;
+        return LANES + ROWS * ranks + 2 * TILE_ROWS * WIDE + halves / 2;
     }
 
     MatrixAffine(const LowRank<bfloat16>& adapter, float* scratch)
@@ -48,10 +49,10 @@ class MatrixAffine {
         const uintptr_t line = 4 * LANES, start = reinterpret_cast<uintptr_t>(scratch);
         h = reinterpret_cast<float*>((start + line - 1) / line * line);
         sums = h + ROWS * ranks;
-        factors = reinterpret_cast<bfloat16*>(sums + 2 * TILE_ROWS * STRIP);
+        factors = reinterpret_cast<bfloat16*>(sums + 2 * TILE_ROWS * WIDE);
         a_tiles = factors + ROWS * 2 * ranks;
         b_tiles = a_tiles + in_tiles * TILE;
-        copied_x = b_tiles + 4 * ranks * TILE_OUTS;
+        copied_x = b_tiles + 2 * ranks * WIDE;
     }
 
     // y (rows, outs) = g y + w (x A^T) B + w c, for at most ROWS rows
@@ -64,17 +65,17 @@ class MatrixAffine {
             split(div_up(rows, TILE_ROWS) * TILE_ROWS, weight);
             expand_tiles(y, rows, weight);
         } else {
-            std::memset(sums, 0, sizeof(float) * 2 * TILE_ROWS * STRIP);
+            std::memset(sums, 0, sizeof(float) * 2 * TILE_ROWS * WIDE);
             for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS)
-                for (int64_t out = 0; out < adapter.outs; out += STRIP)
+                for (int64_t out = 0; out < adapter.outs; out += WIDE)
                     write(y.from(r), min_of(2 * TILE_ROWS, rows - r), out, weight);
         }
     }
 
   private:
     // g y + (delta + w c), rounded once.
-    INLINE_MEMBER Floats corrected(Floats y, Floats delta, Floats bias, const Floats* scale,
-                                   float weight) const {
+    INLINE_MEMBER static Floats corrected(Floats y, Floats delta, Floats bias, const Floats* scale,
+                                          float weight) {
         const Floats added = delta + weight * bias;
         return scale ? y * *scale + added : y + added;
     }
@@ -258,25 +259,30 @@ class MatrixAffine {
         }
     }
 
-    // A strip of outputs for all rows: tiles 0 .. 3 are sums, 4 and 5 of factors, 6 and 7 of B.
+    // Some outputs for all rows: tiles 0 .. 3 are sums, 4 and 5 of factors, 6 and 7 of B. Fewer of them
+    // at a time would touch rows of y that lie far apart so briefly that nothing could be read ahead.
     void expand_tiles(Matrix<bfloat16> y, int64_t rows, float weight) {
-        for (int64_t out = 0; out < adapter.outs; out += STRIP) {
-            for (int64_t rank = 0; rank < adapter.rank; rank += 2) pair_up(rank, out);
+        for (int64_t out = 0; out < adapter.outs; out += WIDE) {
+            const int64_t strips = div_up(min_of(WIDE, adapter.outs - out), STRIP);
+            for (int64_t strip = 0; strip < strips; ++strip)
+                for (int64_t rank = 0; rank < adapter.rank; rank += 2)
+                    pair_up(rank, out + strip * STRIP, b_tile(2 * strip, rank));
             for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
                 const int64_t count = min_of(2 * TILE_ROWS, rows - row);
-                if (count > TILE_ROWS) combine_tiles<true>(row);
-                else combine_tiles<false>(row);
+                for (int64_t strip = 0; strip < strips; ++strip)
+                    if (count > TILE_ROWS) combine_tiles<true>(row, strip);
+                    else combine_tiles<false>(row, strip);
                 write(y.from(row), count, out, weight);
             }
         }
     }
 
     // Ranks `rank` and `rank + 1` side by side, in two rows of a tile: for high and for low factors.
-    void pair_up(int64_t rank, int64_t out) {
-        const int64_t count = min_of(STRIP, adapter.outs - out);
+    void pair_up(int64_t rank, int64_t out, bfloat16* first_tile) {
+        const int64_t count = min_of(STRIP, adapter.outs - out), next_tile = ranks / TILE_OUTS * TILE;
         if (rank % TILE_OUTS == 0 && rank + TILE_OUTS > adapter.rank)
-            for (int64_t strip = 0; strip < 2; ++strip)
-                std::memset(b_tile(strip, rank), 0, TILE * sizeof(bfloat16));
+            for (int64_t tile = 0; tile < 2; ++tile)
+                std::memset(first_tile + tile * next_tile, 0, TILE * sizeof(bfloat16));
         const bfloat16* b = adapter.b + rank * adapter.outs + out;
         const __m512i first = part(b, count);
         const __m512i second = rank + 1 < adapter.rank ? part(b + adapter.outs, count) : __m512i{};
@@ -286,15 +292,16 @@ class MatrixAffine {
         const __m512i high_outs = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
         const __m512i pairs[2] = {_mm512_permutex2var_epi64(low, low_outs, high),
                                   _mm512_permutex2var_epi64(low, high_outs, high)};
-        for (int64_t strip = 0; strip < 2; ++strip) {
-            bfloat16* to = b_tile(strip, rank) + rank % TILE_OUTS * TILE_INS;
-            _mm512_storeu_si512(to, pairs[strip]);
-            _mm512_storeu_si512(to + TILE_INS, pairs[strip]);
+        for (int64_t tile = 0; tile < 2; ++tile) {
+            bfloat16* to = first_tile + tile * next_tile + rank % TILE_OUTS * TILE_INS;
+            _mm512_storeu_si512(to, pairs[tile]);
+            _mm512_storeu_si512(to + TILE_INS, pairs[tile]);
         }
     }
 
-    bfloat16* b_tile(int64_t strip, int64_t rank) const {
-        return b_tiles + (strip * ranks + rank) / TILE_OUTS * TILE;
+    // Of sixteen outputs, the nth of those that are computed in one go.
+    bfloat16* b_tile(int64_t n, int64_t rank) const {
+        return b_tiles + (n * ranks + rank) / TILE_OUTS * TILE;
     }
 
     static __m512i part(const bfloat16* from, int64_t count) {
@@ -303,8 +310,9 @@ class MatrixAffine {
 
     // sums (16 or 32 rows from `row` on, STRIP) = factors B
     template <bool TWO>
-    void combine_tiles(int64_t row) {
-        const int64_t stride = 2 * ranks * sizeof(bfloat16), bytes = STRIP * sizeof(float);
+    void combine_tiles(int64_t row, int64_t strip) {
+        const int64_t stride = 2 * ranks * sizeof(bfloat16), bytes = WIDE * sizeof(float);
+        float* to = sums + strip * STRIP;
         const bfloat16* first = factors + row * 2 * ranks;
         _tile_zero(0);
         _tile_zero(1);
@@ -314,8 +322,8 @@ class MatrixAffine {
         }
         for (int64_t rank = 0; rank < adapter.rank; rank += TILE_OUTS, first += TILE_INS) {
             _tile_loadd(4, first, stride);
-            _tile_loadd(6, b_tile(0, rank), TILE_BYTES);
-            _tile_loadd(7, b_tile(1, rank), TILE_BYTES);
+            _tile_loadd(6, b_tile(2 * strip, rank), TILE_BYTES);
+            _tile_loadd(7, b_tile(2 * strip + 1, rank), TILE_BYTES);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if (TWO) {
@@ -324,24 +332,33 @@ class MatrixAffine {
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        _tile_stored(0, sums, bytes);
-        _tile_stored(1, sums + TILE_OUTS, bytes);
+        _tile_stored(0, to, bytes);
+        _tile_stored(1, to + TILE_OUTS, bytes);
         if (TWO) {
-            _tile_stored(2, sums + TILE_ROWS * STRIP, bytes);
-            _tile_stored(3, sums + TILE_ROWS * STRIP + TILE_OUTS, bytes);
+            _tile_stored(2, to + TILE_ROWS * WIDE, bytes);
+            _tile_stored(3, to + TILE_ROWS * WIDE + TILE_OUTS, bytes);
         }
     }
 
+    // y = corrected sums for all outputs from `out` on that there is room for. Whether there are c and g
+    // is known to the compiler: most adapters have neither.
     void write(Matrix<bfloat16> y, int64_t rows, int64_t out, float weight) const {
-        for_groups(min_of(STRIP, adapter.outs - out), LANES, [&](int64_t i, auto... n) {
-            const Floats bias = adapter.bias ? load(adapter.bias + out + i, n...) : Floats{};
-            const Floats scale = adapter.scale ? load(adapter.scale + out + i, n...) : Floats{};
-            for (int64_t r = 0; r < rows; ++r) {
-                bfloat16* at = y.row(r) + out + i;
-                const Floats delta = load(sums + r * STRIP + i);
-                store(at, corrected(load(at, n...), delta, bias, adapter.scale ? &scale : nullptr,
-                                    weight), n...);
-            }
+        const bool plain = !adapter.bias && !adapter.scale;
+        for (int64_t r = 0; r < rows; ++r) {
+            if (plain) write_row<true>(y.row(r) + out, sums + r * WIDE, out, weight);
+            else write_row<false>(y.row(r) + out, sums + r * WIDE, out, weight);
+        }
+    }
+
+    template <bool PLAIN>
+    INLINE_MEMBER void write_row(bfloat16* y, const float* sum, int64_t out, float weight) const {
+        const bfloat16* bias = adapter.bias ? adapter.bias + out : nullptr;
+        const bfloat16* scale = adapter.scale ? adapter.scale + out : nullptr;
+        for_groups(min_of(WIDE, adapter.outs - out), LANES, [&](int64_t i, auto... n) {
+            const Floats c = !PLAIN && bias ? load(bias + i, n...) : Floats{};
+            const Floats g = !PLAIN && scale ? load(scale + i, n...) : Floats{};
+            const Floats* factor = !PLAIN && scale ? &g : nullptr;
+            store(y + i, corrected(load(y + i, n...), load(sum + i), c, factor, weight), n...);
         });
     }
 
