@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from . import adapters, chat, completions, errors, health, models, tokenize
+from .caller import Authenticate
 from .openapi import document
 from .request_id import HEADER, RequestId
 from .security import BodyLimit
@@ -30,6 +31,7 @@ def create_app(state: AppState, cors_origins: Sequence[str] = ()) -> FastAPI:
         max_bytes=state.limits.max_body_bytes,
         max_upload_bytes=state.limits.max_upload_bytes,
     )
+    app.add_middleware(Authenticate, tenants=state.tenants)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

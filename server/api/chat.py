@@ -18,8 +18,9 @@ from .answers import (
     PromptLogprobs,
     Usage,
 )
+from .caller import Calling
 from .choice import ChoiceDelta, ScoredToken
-from .generate import Gathered, Job, check_adapters, deltas, make_job
+from .generate import Gathered, Job, check_adapters, deltas, make_job, model_choice
 from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .prompts import chat_prompt, check_sequences
 from .protocol import ChatBody
@@ -33,15 +34,18 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", dependencies=[json_only])
-async def create_chat_completion(body: ChatBody, request: Request, state: State) -> Response:
+async def create_chat_completion(
+    body: ChatBody, request: Request, state: State, caller: Calling
+) -> Response:
     """Add the model's turn to a conversation."""
-    await check_adapters(body, state)
+    chosen = model_choice(body, caller, request)
+    await check_adapters(chosen, state)
     check_sequences(body, 1, state)
     tools = tool_format(body, state)
     prompt = await chat_prompt(body, state)
     grammar = await chat_grammar(body, tools, state)
     skips = not shows_special_tokens(tools, state)
-    job = make_job("chatcmpl", body, [prompt], state, body.prompt_logprobs, grammar, skips)
+    job = make_job("chatcmpl", body, chosen, [prompt], state, body.prompt_logprobs, grammar, skips)
     named = isinstance(body.tool_choice, NamedTool)
     calls = [ChoiceCalls(tools, named) for _ in job.choices]
     return await respond(request, body, job, deltas(job, state), _Format(body, job, state, calls))

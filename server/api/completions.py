@@ -7,9 +7,10 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Usage
+from .caller import Calling
 from .choice import ChoiceDelta, ScoredToken
 from .constrain import output_grammar
-from .generate import Gathered, Job, check_adapters, deltas, echoed, make_job
+from .generate import Gathered, Job, check_adapters, deltas, echoed, make_job, model_choice
 from .logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from .prompts import completion_prompts
 from .protocol import CompletionBody
@@ -21,12 +22,15 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", dependencies=[json_only])
-async def create_completion(body: CompletionBody, request: Request, state: State) -> Response:
+async def create_completion(
+    body: CompletionBody, request: Request, state: State, caller: Calling
+) -> Response:
     """Continue one or more prompts."""
-    await check_adapters(body, state)
+    chosen = model_choice(body, caller, request)
+    await check_adapters(chosen, state)
     prompts = await completion_prompts(body, state)
     grammar = await output_grammar(body, state)
-    job = make_job("cmpl", body, prompts, state, _prompt_logprobs(body), grammar)
+    job = make_job("cmpl", body, chosen, prompts, state, _prompt_logprobs(body), grammar)
     source = deltas(job, state)
     if body.echo:
         source = echoed(job, source, state, scored=body.logprobs is not None)

@@ -3,6 +3,7 @@
 ApiError (a starlette HTTPException, so that it passes through framework code unchanged)
 ├── InvalidRequest      400  the body is wrong; ``param`` names the field
 ├── InvalidUserInput    400  vLLM's name for a wrong load or unload
+├── Unauthorized        401  no key, or none that is good
 ├── ManagementForbidden 403  management from another machine, or a source that is not allowed
 ├── NotFound            404  unknown model, adapter or path
 ├── MethodNotAllowed    405
@@ -71,6 +72,13 @@ class InvalidUserInput(ApiError):
 
     status = 400
     kind = "InvalidUserInput"
+
+
+class Unauthorized(ApiError):
+    """No API key, or none that is good."""
+
+    status = 401
+    kind = "AuthenticationError"
 
 
 class ManagementForbidden(ApiError):

@@ -11,11 +11,15 @@ from functools import partial
 from time import time
 from uuid import uuid4
 
+from fastapi import Request
+
 from ..composition import Composable, check_room
 from ..engine.messages import EngineInfo
 from ..generation import GenerationRequest, TokenLogprobs
 from ..scheduler.limits import longest_sequence
 from ..store.leases import ModelChoice
+from ..tenants.isolation import cache_salt, share_of
+from ..tenants.tenant import Caller
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
 from .errors import InvalidRequest
@@ -23,6 +27,7 @@ from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
 from .protocol import GenerationBody
+from .request_id import request_id
 from .sampling import check_token_ids, max_new_tokens, sampling_params
 from .search import best_answers, stream_beams
 from .state import AppState
@@ -49,6 +54,11 @@ class Job:
     created: int = field(default_factory=lambda: int(time()))
 
     @property
+    def caller(self) -> Caller:
+        """Who asked."""
+        return self.chosen.caller
+
+    @property
     def model(self) -> str:
         """As the client named it."""
         return self.chosen.model
@@ -63,7 +73,14 @@ class Job:
         return self.prompts[answer // self.answers_per_prompt]
 
 
-async def check_adapters(body: GenerationBody, state: AppState) -> None:
+def model_choice(body: GenerationBody, caller: Caller, request: Request) -> ModelChoice:
+    """What a request is to run on, as its caller named it."""
+    adapters = tuple((each.name, each.weight) for each in body.adapters)
+    sticky = body.user if isinstance(body.user, str) else request_id(request.scope)
+    return ModelChoice(body.model, caller, adapters, sticky)
+
+
+async def check_adapters(choice: ModelChoice, state: AppState) -> None:
     """Refuse a model, or a combination of adapters, that is not served; fetch what is not here yet.
 
     Raises:
@@ -71,15 +88,10 @@ async def check_adapters(body: GenerationBody, state: AppState) -> None:
         CompositionRefused: The adapters cannot be combined, or take too much together.
         EngineUnavailable: The engine is down.
     """
-    choice = _choice(body)
     await state.registry.prepare(choice)
     adapters = _composables(choice, state)
     if adapters:
         check_room(adapters, state.require_info().adapter_room)
-
-
-def _choice(body: GenerationBody) -> ModelChoice:
-    return ModelChoice(body.model, tuple((each.name, each.weight) for each in body.adapters))
 
 
 def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
@@ -100,6 +112,7 @@ def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo, width: i
 def make_job(
     prefix: str,
     body: GenerationBody,
+    chosen: ModelChoice,
     prompts: list[TokenPrompt],
     state: AppState,
     prompt_logprobs: int | None,
@@ -112,7 +125,6 @@ def make_job(
         InvalidRequest: Token ids or lengths the model does not have.
     """
     info = state.require_info()
-    chosen = _choice(body)
     max_len = _longest_sequence(_composables(chosen, state), info, max(body.num_beams, 1))
     if body.num_beams > info.max_num_seqs:
         raise InvalidRequest(
@@ -134,8 +146,9 @@ def make_job(
                 sampling=sampling_params(
                     body, choice, max_tokens, end_token_ids, prompt_logprobs, grammar
                 ),
-                cache_salt=body.cache_salt,
+                cache_salt=cache_salt(chosen.caller, body.cache_salt),
                 priority=body.priority,
+                share=share_of(chosen.caller),
             )
             skips = body.skip_special_tokens and skip_special_tokens
             choices.append(

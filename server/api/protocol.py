@@ -1,7 +1,7 @@
 """Request bodies, and the bounds every field must keep."""
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -106,6 +106,7 @@ class GenerationBody(SearchedBody):
     return_tokens_as_token_ids: bool = False
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
+    user: Any = None
 
     @field_validator("logit_bias")
     @classmethod

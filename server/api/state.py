@@ -13,6 +13,7 @@ from ..grammar.check import GrammarCheck
 from ..metrics import Metrics
 from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
+from ..tenants.directory import TenantDirectory
 from ..text.tokenizer import Tokenizer
 from ..tools.formats import ToolFormat
 from .engine_port import EnginePort
@@ -52,6 +53,7 @@ class AppState:
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
+        tenants: Who may call.
         created: Unix time the server started.
         started: Set once the adapters named at start are loaded.
     """
@@ -65,6 +67,7 @@ class AppState:
     model_root: str
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY
+    tenants: TenantDirectory = field(default_factory=TenantDirectory)
     created: int = field(default_factory=lambda: int(time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -63,3 +63,34 @@ path: The folder it is served from, null for the store's own copy.
 info: What the engine found in it, ``AdapterInfo`` in JSON.
 registered: Unix time it was last registered: the order of versions.
 """
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("role", String, nullable=False),
+    Column("disabled", Boolean, nullable=False),
+    Column("settings", LargeBinary, nullable=False),
+    Column("created", Integer, nullable=False),
+)
+"""Tenants and administrators that the tenants file does not have.
+
+role: ``user`` for a tenant, ``admin`` for an administrator of the server.
+disabled: Whether all of its keys are refused.
+settings: What it may use and how much, in JSON, in the form that the tenants file has.
+created: Unix time.
+"""
+
+tenant_keys = Table(
+    "tenant_keys",
+    metadata,
+    Column("hash", String, primary_key=True),
+    Column("tenant", String, ForeignKey("tenants.name", ondelete="CASCADE"), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("expires", Float),
+)
+"""Their keys, of which the SHA-256 alone is kept.
+
+created: Unix time.
+expires: Unix time from which it is refused, null for never.
+"""

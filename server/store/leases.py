@@ -8,6 +8,7 @@ from time import time
 
 from ..composition import CompositionRefused, check_composition
 from ..generation import AdapterWeight
+from ..tenants.tenant import Caller
 from .catalog import Catalog, Chosen
 from .entries import Adapter, Usage, Version
 from .errors import AdapterUnavailable, UnknownModel
@@ -20,11 +21,15 @@ class ModelChoice:
 
     Attributes:
         model: Its ``model`` field.
+        caller: Who asks, which decides what names mean.
         adapters: Names and weights of its ``adapters`` field, empty without one.
+        sticky: Requests of equal ones get the same target of a weighted alias.
     """
 
     model: str
+    caller: Caller
     adapters: tuple[tuple[str, float], ...] = ()
+    sticky: str = ""
 
 
 @dataclass(frozen=True, slots=True)

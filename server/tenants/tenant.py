@@ -1,5 +1,6 @@
 """Who asks: tenants, what they may use and how much, as every later stage sees them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -35,6 +36,17 @@ class TenantLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """What a tenant's alias means: one adapter, or several of which each takes a part.
+
+    Attributes:
+        targets: Adapters, or versions of them as ``name@digest``, with weights > 0.
+    """
+
+    targets: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """A customer.
 
@@ -42,7 +54,7 @@ class Tenant:
         name: Unique.
         adapters: Names and globs of the adapters it may see and use, beside its own.
         default: What the base's name or ``default`` means for it; None for the base.
-        aliases: Names of its own → adapters.
+        aliases: Names of its own for adapters.
         weight: Its share under token-fair scheduling, > 0.
         limits: How much it may ask for.
         shares_cache: Whether it shares cached prefixes with all others that do.
@@ -52,7 +64,7 @@ class Tenant:
     name: str
     adapters: tuple[str, ...] = ()
     default: str | None = None
-    aliases: dict[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
     weight: float = 1.0
     limits: TenantLimits = TenantLimits()
     shares_cache: bool = False
@@ -72,6 +84,11 @@ class Caller:
     tenant: Tenant | None
     role: Role
     key_id: str = ""
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may manage the server."""
+        return self.role is Role.ADMIN
 
 
 OPERATOR = Caller(None, Role.ADMIN)

@@ -29,6 +29,7 @@ from deltamux.server.store.errors import (
 )
 from deltamux.server.store.leases import ModelChoice
 from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.tenants.tenant import OPERATOR
 
 from .fake_engine import FakeEngine
 from .fake_store import files_in, open_registry, write_adapter
@@ -82,7 +83,7 @@ def wanted(name: str, path: Path, label: str = "", **more) -> Wanted:
 
 
 async def used_label(registry: AdapterRegistry, engine: FakeEngine, model: str) -> str:
-    async with registry.leases.lease(ModelChoice(model)) as [adapter]:
+    async with registry.leases.lease(ModelChoice(model, OPERATOR)) as [adapter]:
         return engine.loaded[adapter.adapter_id]
 
 
@@ -119,7 +120,7 @@ def test_a_changed_folder_is_a_new_version_and_the_old_one_can_be_gone_back_to(
 def test_only_the_newest_versions_are_kept_and_what_a_request_uses(tell, engine, tmp_path):
     async def story(registry: AdapterRegistry) -> None:
         await registry.add(wanted("a", tmp_path / "a", "0"))
-        async with registry.leases.lease(ModelChoice("a")) as [held]:
+        async with registry.leases.lease(ModelChoice("a", OPERATOR)) as [held]:
             for label in "1234":
                 await registry.add(wanted("a", tmp_path / "a", label, replace=True))
             assert sorted(engine.loaded.values()) == ["0", "2", "3", "4"]
@@ -323,15 +324,15 @@ def test_a_promised_adapter_is_fetched_by_whoever_is_first(tell, engine, tmp_pat
         adapter = await registry.promise(wanted("a", tmp_path / "a", "a"))
         assert adapter.default is None
         with pytest.raises(AdapterUnavailable, match="being fetched"):
-            registry.leases.select(ModelChoice("a"))
+            registry.leases.select(ModelChoice("a", OPERATOR))
 
     async def second(registry: AdapterRegistry) -> None:
         engine.load_gate = None
-        await asyncio.gather(*(registry.prepare(ModelChoice("a")) for _ in range(5)))
+        await asyncio.gather(*(registry.prepare(ModelChoice("a", OPERATOR)) for _ in range(5)))
         assert await used_label(registry, engine, "a") == "a"
         await registry.promise(wanted("b", tmp_path / "b"))
         with pytest.raises(AdapterUnavailable, match="no adapter folder"):
-            await registry.prepare(ModelChoice("b"))
+            await registry.prepare(ModelChoice("b", OPERATOR))
         with pytest.raises(NameRefused):
             await registry.promise(wanted("b/", tmp_path / "b"))
 

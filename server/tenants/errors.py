@@ -1,0 +1,28 @@
+"""Why a caller is refused, or a tenant cannot be made as asked; the messages say it all.
+
+TenantError
+├── KeyRefused        no key, or none that is good
+├── TenantsRefused    a tenants file, or what a tenant is to be, is wrong
+├── UnknownTenant     no tenant or key of that name
+└── TenantConflict    the name is taken, or the change would leave nobody to manage the server
+"""
+
+
+class TenantError(Exception):
+    """What is refused; the message says why and what to do."""
+
+
+class KeyRefused(TenantError):
+    """No key, or none that is good."""
+
+
+class TenantsRefused(TenantError):
+    """A tenants file, or what a tenant is to be, is wrong; the message names the place."""
+
+
+class UnknownTenant(TenantError):
+    """No tenant, or no key of it, has that name."""
+
+
+class TenantConflict(TenantError):
+    """It cannot be done as things stand."""
