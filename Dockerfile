@@ -40,4 +40,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
 ENTRYPOINT ["deltamux", "serve", "--host", "0.0.0.0", "--state-dir", "/var/lib/deltamux"]
-CMD ["smollm2", "--adapter-dir", "/opt/deltamux/adapters"]
+CMD ["smollm2", "--adapter-dir", "/opt/deltamux/adapters", "--allow-open"]

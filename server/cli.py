@@ -1,7 +1,5 @@
 """The ``deltamux`` command. Errors of use exit 2 with one line that says what to do."""
 
-import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,56 +8,12 @@ from typing import Any
 import click
 import yaml
 
-from .config import ServeConfig, default_state_dir, parse_bytes
+from .config import ServeConfig, default_state_dir
+from .option_types import Bytes, NamedAdapter, Sources
 from .store.sources import DEFAULT_PATTERNS
+from .tenants.command import tenants
 
 _LATER = "is not in this release; see the roadmap in CHANGELOG.md"
-
-
-class _Bytes(click.ParamType[int, object]):
-    """A size in bytes, written plainly or as 512MiB."""
-
-    name = "bytes"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Parse the text; a number is taken as it is."""
-        try:
-            return parse_bytes(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _NamedAdapter(click.ParamType[tuple[str, str], object]):
-    """NAME=PATH, or a URL for the path; in the environment several, separated like a PATH."""
-
-    name = "name=path"
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """Split at colons, save those of URLs."""
-        return [each for each in re.split(f"{os.pathsep}(?!//)", rv) if each]
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        """Split at the first equals sign."""
-        if isinstance(value, tuple):
-            return value
-        name, equals, path = str(value).partition("=")
-        if not (name and equals and path):
-            self.fail(f"{value!r} is not NAME=PATH", param, ctx)
-        return name, path
-
-
-class _Sources(click.ParamType[str, object]):
-    """The beginning of a source; in the environment several, separated by commas."""
-
-    name = "source"
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """Split at commas."""
-        return [each.strip() for each in rv.split(",") if each.strip()]
 
 
 def _option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -146,7 +100,7 @@ def cli() -> None:
 )
 @_option(
     "--adapter",
-    type=_NamedAdapter(),
+    type=NamedAdapter(),
     multiple=True,
     metavar="NAME=PATH",
     help="Serve an adapter from a folder, an archive or a URL; a refused one stops the start. "
@@ -161,7 +115,7 @@ def cli() -> None:
 )
 @_option(
     "--adapter-source",
-    type=_Sources(),
+    type=Sources(),
     multiple=True,
     default=DEFAULT_PATTERNS,
     show_default=", ".join(DEFAULT_PATTERNS),
@@ -179,14 +133,14 @@ def cli() -> None:
 )
 @_option(
     "--max-adapter-size",
-    type=_Bytes(),
+    type=Bytes(),
     default="8GiB",
     metavar="BYTES",
     help="Largest adapter that is copied, fetched or unpacked.",
 )
 @_option(
     "--max-upload-size",
-    type=_Bytes(),
+    type=Bytes(),
     default="2GiB",
     metavar="BYTES",
     help="Largest archive that may be uploaded.",
@@ -197,7 +151,12 @@ def cli() -> None:
     help="Read local adapters where they are instead of copying them into the state folder; "
     "versions whose files change are then gone.",
 )
-@_option("--tenants", type=click.Path(path_type=Path), help="Tenants file (later release).")
+@_option(
+    "--tenants",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="YAML file of tenants and admin keys, followed as it changes; or see `deltamux tenants`.",
+)
 @_option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -207,6 +166,11 @@ def cli() -> None:
 )
 @_option("--host", default="127.0.0.1", help="Address to listen on.")
 @_option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on.")
+@_option(
+    "--allow-open",
+    is_flag=True,
+    help="Listen where other machines can reach it without having tenants.",
+)
 @_option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -262,14 +226,14 @@ def cli() -> None:
 )
 @_option(
     "--memory-budget",
-    type=_Bytes(),
+    type=Bytes(),
     default="4GiB",
     metavar="BYTES",
     help="Device memory for KV cache and adapters, beside the base's weights.",
 )
 @_option(
     "--host-memory-budget",
-    type=_Bytes(),
+    type=Bytes(),
     default="4GiB",
     metavar="BYTES",
     help="Host memory for adapters that are not on the device.",
@@ -319,7 +283,6 @@ def serve(
     adapter_dir: tuple[Path, ...],
     adapter_source: tuple[str, ...],
     no_adapter_copies: bool,
-    tenants: Path | None,
     quantization: str,
     no_prefix_caching: bool,
     no_cuda_graphs: bool,
@@ -328,10 +291,6 @@ def serve(
 ) -> None:
     """Serve MODEL: smollm2, a Hugging Face folder, a .gguf file or a hub id."""
     del quantization
-    if tenants is not None:
-        raise click.UsageError(
-            f"--tenants {_LATER}; without it the server is open to whom it listens to"
-        )
     config = ServeConfig(
         model=model,
         served_model_name=served_model_name or model,
@@ -390,8 +349,4 @@ def bench(arguments: tuple[str, ...]) -> None:
     sys.exit(command.main(list(arguments), prog_name="deltamux bench", standalone_mode=False))
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1)
-def tenants(arguments: tuple[str, ...]) -> None:
-    """Manage tenants (later release)."""
-    raise click.UsageError(f"tenants {' '.join(arguments)} {_LATER}")
+cli.add_command(tenants)

@@ -23,9 +23,11 @@ class ServeConfig:
     max_adapter_size: int
     max_upload_size: int
     copy_adapters: bool
+    tenants: Path | None
     state_dir: Path
     host: str
     port: int
+    allow_open: bool
     device: str
     dtype: str
     kernels: str

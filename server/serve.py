@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
@@ -32,6 +33,11 @@ from .store.intake import Intake
 from .store.records import Records
 from .store.registry import AdapterRegistry
 from .store.sources import SourcePolicy
+from .tenants.admin import TenantAdmin
+from .tenants.directory import TenantDirectory
+from .tenants.errors import TenantError
+from .tenants.file import TenantsFile
+from .tenants.records import TenantRecords
 from .text.tokenizer import Tokenizer, TokenizerError
 from .tools.formats import FORMATS, ToolFormat, format_of
 
@@ -47,6 +53,7 @@ _CANNOT_START = (
     EngineError,
     StateError,
     DeclaredRefused,
+    TenantError,
     OSError,
 )
 
@@ -73,12 +80,14 @@ def run(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, _exit)
     try:
         listener = _bind(config.host, config.port)
-        folder = resolve_model(config.model, config.state_dir)
         with (
             open_database(config.state_dir) as database,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            runner.run(_serve(config, folder, listener, database))
+            tenants, file = _tenants(config, database)
+            _check_reach(config, listener, tenants.directory)
+            folder = resolve_model(config.model, config.state_dir)
+            runner.run(_serve(config, folder, listener, database, tenants, file))
     except _CANNOT_START as error:
         raise ServeError(str(error)) from error
 
@@ -87,14 +96,48 @@ def _exit(*_: object) -> None:
     raise SystemExit(0)
 
 
+def _tenants(config: ServeConfig, database: Engine) -> tuple[TenantAdmin, TenantsFile | None]:
+    """Who may call, and the file that says so if there is one."""
+    directory = TenantDirectory()
+    admin = TenantAdmin(TenantRecords(database), directory)
+    if config.tenants is None:
+        return admin, None
+    file = TenantsFile(config.tenants, directory)
+    file.load()
+    return admin, file
+
+
+def _check_reach(config: ServeConfig, listener: socket.socket, directory: TenantDirectory) -> None:
+    """Refuse to be open to other machines by oversight.
+
+    Raises:
+        ServeError: There are no tenants, and other machines can reach the address.
+    """
+    local = ip_address(listener.getsockname()[0]).is_loopback
+    if directory.is_open and not local and not config.allow_open:
+        raise ServeError(
+            f"without tenants everybody who reaches {config.host} could use the server: name them "
+            "with --tenants FILE or `deltamux tenants create`, or say --allow-open"
+        )
+
+
 async def _serve(
-    config: ServeConfig, folder: Path, listener: socket.socket, database: Engine
+    config: ServeConfig,
+    folder: Path,
+    listener: socket.socket,
+    database: Engine,
+    tenants: TenantAdmin,
+    file: TenantsFile | None,
 ) -> None:
     metrics = Metrics(config.served_model_name)
     engine = EngineClient(_engine_config(config, folder), config.max_waiting)
     registry = _registry(config, engine, database)
     declared = DeclaredAdapters(_declared(config), registry)
-    async with _running(engine, _listener(metrics, registry)), _opened(config, registry):
+    async with (
+        _running(engine, _listener(metrics, registry)),
+        _opened(config, registry),
+        _followed(file),
+    ):
         tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
         check = GrammarCheck(VocabularySource.of(tokenizer, tokenizer.vocab_size))
         tools = _tool_format(config.tool_call_parser, tokenizer)
@@ -105,6 +148,7 @@ async def _serve(
             metrics,
             check,
             tools,
+            tenants,
             model_root=str(folder),
             limits=Limits(max_upload_bytes=config.max_upload_size),
             policy=SourcePolicy(config.adapter_sources),
@@ -161,6 +205,26 @@ async def _opened(config: ServeConfig, registry: AdapterRegistry) -> AsyncIterat
     finally:
         writing.cancel()
         await registry.close()
+
+
+@contextlib.asynccontextmanager
+async def _followed(file: TenantsFile | None) -> AsyncIterator[None]:
+    """The tenants file read again when it changes, until the block is left."""
+    if file is None:
+        yield
+        return
+    following = asyncio.create_task(file.follow(), name="tenants")
+    following.add_done_callback(_tell_failure)
+    try:
+        yield
+    finally:
+        following.cancel()
+
+
+def _tell_failure(following: "asyncio.Task[None]") -> None:
+    error = None if following.cancelled() else following.exception()
+    if error is not None:
+        logger.error("the tenants file is not followed any more", exc_info=error)
 
 
 def _tool_format(name: str, tokenizer: Tokenizer) -> ToolFormat | None:

@@ -1,4 +1,8 @@
-"""What the API tells of an adapter: where it stands in every tier, its versions and their use."""
+"""What the API tells of an adapter: where it stands in every tier, its versions and their use.
+
+A tenant is told less: nothing that depends on what others do, as where an adapter lies in memory
+and how often it is used, and nothing of the server's files.
+"""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ from msgspec import to_builtins
 
 from ..store.entries import Adapter, AdapterState, Version
 from ..store.registry import AdapterRegistry
+from ..tenants.tenant import Caller
 from .state import AppState
 
 
@@ -17,19 +22,68 @@ class Cards:
     Attributes:
         registry: The adapters.
         on_device: What the engine calls those on the device.
+        caller: Who is told.
     """
 
     registry: AdapterRegistry
     on_device: Set[int]
+    caller: Caller
 
     @classmethod
-    def now(cls, state: AppState) -> "Cards":
+    def now(cls, state: AppState, caller: Caller) -> "Cards":
         """As things stand."""
         stats = state.engine.stats
-        return cls(state.registry, frozenset() if stats is None else {*stats.device_adapters})
+        on_device = frozenset() if stats is None else {*stats.device_adapters}
+        return cls(state.registry, on_device, caller)
+
+    def name(self, adapter: Adapter) -> str:
+        """What the caller calls it."""
+        return adapter.name if self.caller.tenant is None else adapter.plain_name
 
     def card(self, adapter: Adapter) -> dict[str, object]:
         """One adapter."""
+        tenant = self.caller.tenant
+        if tenant is None:
+            return self._whole(adapter)
+        if adapter.owner == tenant.name:
+            return self._shared(adapter) | self._own(adapter)
+        return self._shared(adapter)
+
+    def _shared(self, adapter: Adapter) -> dict[str, object]:
+        """What a tenant is told of any adapter it may use."""
+        default = adapter.default
+        return {
+            "name": adapter.plain_name,
+            "object": "adapter",
+            "state": self._availability(adapter),
+            "owner": adapter.owner,
+            "created": adapter.created,
+            "digest": adapter.default_digest,
+            "info": None if default is None else to_builtins(default.info),
+            "versions": [
+                {"digest": each.digest, "default": each.digest == adapter.default_digest}
+                for each in adapter.versions
+            ],
+        }
+
+    def _own(self, adapter: Adapter) -> dict[str, object]:
+        """What it is told of its own beside that."""
+        usage = self.registry.leases.usage.get(adapter.name)
+        return {
+            "error": self.registry.error(adapter),
+            "source": adapter.source,
+            "hits": 0 if usage is None else usage.hits,
+            "last_used": None if usage is None else usage.last_used,
+        }
+
+    def _availability(self, adapter: Adapter) -> AdapterState:
+        """Its state as far as it concerns those who use it: not where in memory it lies."""
+        if self.registry.error(adapter) is not None:
+            return AdapterState.FAILED
+        arriving = adapter.default is None and self.registry.is_fetching(adapter.name)
+        return AdapterState.FETCHING if arriving else AdapterState.REGISTERED
+
+    def _whole(self, adapter: Adapter) -> dict[str, object]:
         default = adapter.default
         usage = self.registry.leases.usage.get(adapter.name)
         return {

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from . import adapters, chat, completions, errors, health, models, tokenize
+from . import adapters, chat, completions, errors, health, models, tenants, tokenize
 from .caller import Authenticate
 from .openapi import document
 from .request_id import HEADER, RequestId
@@ -41,7 +41,7 @@ def create_app(state: AppState, cors_origins: Sequence[str] = ()) -> FastAPI:
             expose_headers=[HEADER],
         )
     app.add_middleware(RequestId)
-    for module in (completions, chat, models, tokenize, adapters, health):
+    for module in (completions, chat, models, tokenize, adapters, tenants, health):
         app.include_router(module.router)
     document(app)
     return app

@@ -4,7 +4,7 @@ ApiError (a starlette HTTPException, so that it passes through framework code un
 ├── InvalidRequest      400  the body is wrong; ``param`` names the field
 ├── InvalidUserInput    400  vLLM's name for a wrong load or unload
 ├── Unauthorized        401  no key, or none that is good
-├── ManagementForbidden 403  management from another machine, or a source that is not allowed
+├── ManagementForbidden 403  management by whoever may not, or a source that is not allowed
 ├── NotFound            404  unknown model, adapter or path
 ├── MethodNotAllowed    405
 ├── BodyTooLarge        413  a body over the limit
@@ -36,6 +36,7 @@ from ..store.errors import (
     UnknownAdapter,
     UnknownModel,
 )
+from ..tenants.errors import TenantError, UnknownTenant
 from .request_id import HEADER, request_id
 
 _MAX_MESSAGE = 1000
@@ -82,7 +83,7 @@ class Unauthorized(ApiError):
 
 
 class ManagementForbidden(ApiError):
-    """Adapter management from another machine, or a source that is not allowed."""
+    """Adapter management by whoever may not, or a source that is not allowed."""
 
     status = 403
     kind = "PermissionDeniedError"
@@ -194,6 +195,12 @@ def from_registry(error: RegistryError) -> ApiError:
     return InvalidUserInput(message)
 
 
+def from_tenant(error: TenantError) -> ApiError:
+    """The answer for what cannot be done to a tenant."""
+    refused = NotFound if isinstance(error, UnknownTenant) else InvalidUserInput
+    return refused(str(error))
+
+
 def from_adapter(error: AdapterError) -> ApiError:
     """The answer for an adapter that is refused."""
     refusal = NotFound if isinstance(error, AdapterNotFound) else InvalidUserInput
@@ -220,6 +227,7 @@ _TRANSLATIONS: dict[type[Exception], Translate] = {
     RegistryError: lambda error, _: from_registry(error),
     CompositionRefused: lambda error, _: InvalidRequest(f"{error}.", "adapters"),
     AdapterError: lambda error, _: from_adapter(error),
+    TenantError: lambda error, _: from_tenant(error),
     # The traceback goes to the server's log alone: starlette raises the error again after this.
     Exception: lambda _, __: InternalError("Internal server error."),
 }

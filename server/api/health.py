@@ -8,6 +8,7 @@ from starlette.responses import Response
 from ..engine.errors import EngineUnavailable
 from ..store.residency import Residency
 from .errors import NotServed
+from .security import admin_only
 from .state import State
 
 router = APIRouter()
@@ -49,9 +50,9 @@ async def embeddings() -> None:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[admin_only])
 async def metrics(state: State) -> Response:
-    """Prometheus' text format."""
+    """Prometheus' text format, which tells of all tenants."""
     stats = state.engine.stats
     residency = Residency(state.registry, () if stats is None else stats.device_adapters)
     content, content_type = state.metrics.render(state.engine.info, stats, residency)

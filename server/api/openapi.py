@@ -31,7 +31,8 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
-    403: "Management from another machine, or from a web page.",
+    401: "There is no good API key, on a server that has tenants.",
+    403: "This needs an admin key; or management from another machine or a web page.",
     404: "There is no such model, adapter or path.",
     413: "The body is too large.",
     415: "The body does not say that it is JSON.",
@@ -56,6 +57,7 @@ class RouteDoc:
         struct: The type of its answer, where there is one.
         status: Of a good answer.
         media: Type of the answer.
+        needs_key: Whether a server that has tenants asks for a key.
     """
 
     answer: Any
@@ -64,6 +66,7 @@ class RouteDoc:
     struct: type[msgspec.Struct] | None = None
     status: int = 200
     media: str = _JSON
+    needs_key: bool = True
 
 
 _USAGE = {
@@ -105,6 +108,23 @@ _MODEL = {
     "max_model_len": 8192,
     "permission": [],
 }
+_KEY = {"id": "3f2a91c03f2a91c0", "object": "tenant.key", "expires": None}
+_TENANT = {
+    "name": "acme",
+    "object": "tenant",
+    "role": "user",
+    "origin": "database",
+    "created": 1767225600,
+    "disabled": False,
+    "keys": [_KEY],
+    "adapters": ["acme-*"],
+    "default": "support",
+    "aliases": {"support": {"acme-v7": 90, "acme-v8": 10}},
+    "weight": 2,
+    "limits": {"requests_per_minute": 600},
+    "shares_cache": False,
+}
+_SECRET = {"key": "sk-deltamux-..."}
 _DIGEST = "sha256:" + "3f2a91c0" * 8
 _ADAPTER = {
     "name": "pirate",
@@ -173,12 +193,37 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
         {"lora_name": "pirate"},
         media="text/plain",
     ),
-    ("get", "/health"): RouteDoc({"status": "ok"}),
-    ("get", "/ready"): RouteDoc({"status": "ready"}, (503,)),
-    ("get", "/version"): RouteDoc({"version": "0.1.0"}),
+    ("get", "/v1/tenants"): RouteDoc({"object": "list", "data": [_TENANT]}, (403,)),
+    ("post", "/v1/tenants"): RouteDoc(
+        {**_TENANT, **_SECRET},
+        (*_BODY, 403),
+        {"name": "acme", "adapters": ["acme-*"], "default": "acme-v7"},
+        status=201,
+    ),
+    ("get", "/v1/tenants/{name}"): RouteDoc(_TENANT, _MANAGEMENT),
+    ("patch", "/v1/tenants/{name}"): RouteDoc(
+        _TENANT,
+        (*_BODY, *_MANAGEMENT),
+        {"aliases": {"support": {"acme-v7": 50, "acme-v8": 50}}, "disabled": False},
+    ),
+    ("delete", "/v1/tenants/{name}"): RouteDoc(
+        {"name": "acme", "object": "tenant", "deleted": True}, _MANAGEMENT
+    ),
+    ("post", "/v1/tenants/{name}/keys"): RouteDoc(
+        {**_KEY, **_SECRET},
+        (*_BODY, *_MANAGEMENT),
+        {"overlap_seconds": 86400},
+        status=201,
+    ),
+    ("delete", "/v1/tenants/{name}/keys/{key_id}"): RouteDoc(
+        {"id": "3f2a91c03f2a91c0", "object": "tenant.key", "deleted": True}, _MANAGEMENT
+    ),
+    ("get", "/health"): RouteDoc({"status": "ok"}, needs_key=False),
+    ("get", "/ready"): RouteDoc({"status": "ready"}, (503,), needs_key=False),
+    ("get", "/version"): RouteDoc({"version": "0.1.0"}, needs_key=False),
     ("get", "/v1/usage"): RouteDoc(None, (501,)),
     ("post", "/v1/embeddings"): RouteDoc(None, (501,)),
-    ("get", "/metrics"): RouteDoc("vllm:num_requests_running 2.0", media="text/plain"),
+    ("get", "/metrics"): RouteDoc("vllm:num_requests_running 2.0", (403,), media="text/plain"),
 }
 
 
@@ -212,7 +257,8 @@ def _completed(page: dict[str, Any]) -> dict[str, Any]:
 def _complete(operation: dict[str, Any], doc: RouteDoc) -> None:
     if doc.request is not None:
         operation["requestBody"]["content"][_JSON]["example"] = doc.request
-    responses = {str(status): _refusal(status) for status in sorted(doc.errors)}
+    refused = sorted({*doc.errors, 401}) if doc.needs_key else sorted(doc.errors)
+    responses = {str(status): _refusal(status) for status in refused}
     if doc.answer is not None:
         schema = _ref(doc.struct) if doc.struct else {"type": _type_of(doc.answer)}
         content = {doc.media: {"schema": schema, "example": doc.answer}}

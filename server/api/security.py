@@ -1,4 +1,9 @@
-"""Who may send what: bodies that say they are JSON, bounded in size; management from here alone."""
+"""Who may send what: bodies that say they are JSON, bounded in size; management.
+
+A server without tenants is managed from its own machine alone. One with tenants is managed with
+keys, from anywhere: it does not trust its machine, since whatever a proxy there passes on comes
+from it; and no web page can send a key that it was not given.
+"""
 
 import re
 from ipaddress import ip_address
@@ -8,6 +13,8 @@ from fastapi import Depends, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..tenants.tenant import OPERATOR
+from .caller import Calling
 from .errors import BodyTooLarge, ManagementForbidden, UnsupportedMedia
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+))(?::[0-9]{1,5})?")
@@ -35,6 +42,16 @@ def _media_type(header: str) -> str:
     return header.partition(";")[0].strip().lower()
 
 
+def _require_local_if_open(request: Request, caller: Calling) -> None:
+    if caller == OPERATOR:
+        _require_loopback(request)
+
+
+def _require_admin(caller: Calling) -> None:
+    if not caller.is_admin:
+        raise ManagementForbidden("This needs an admin key.")
+
+
 def _require_loopback(request: Request) -> None:
     # The host name is checked too: a page whose name is re-bound to 127.0.0.1 reaches this port
     # under its own name. A proxy on this machine shows itself by what it forwards for.
@@ -43,10 +60,12 @@ def _require_loopback(request: Request) -> None:
     # --cors-origin any body.
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ManagementForbidden(f"Adapters are not managed from the web page {origin}.")
+        raise ManagementForbidden(f"This server is not managed from the web page {origin}.")
     hosts = [request.client.host if request.client else "", _named_host(request)]
     if proxied or not all(map(_is_loopback, hosts)):
-        raise ManagementForbidden("Adapters are managed from this machine only (127.0.0.1).")
+        raise ManagementForbidden(
+            "This server is managed from its own machine only (127.0.0.1), or with admin keys."
+        )
 
 
 def _named_host(request: Request) -> str:
@@ -67,7 +86,8 @@ def _is_loopback(host: str) -> bool:
 
 
 json_only = Depends(require_json)
-loopback_only = Depends(_require_loopback)
+local_if_open = Depends(_require_local_if_open)
+admin_only = Depends(_require_admin)
 
 
 class BodyLimit:

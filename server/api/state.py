@@ -13,6 +13,7 @@ from ..grammar.check import GrammarCheck
 from ..metrics import Metrics
 from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
+from ..tenants.admin import TenantAdmin
 from ..tenants.directory import TenantDirectory
 from ..text.tokenizer import Tokenizer
 from ..tools.formats import ToolFormat
@@ -50,10 +51,10 @@ class AppState:
         metrics: What ``/metrics`` shows.
         check_grammar: Says whether the engine will take a grammar.
         tool_format: How the base writes tool calls; None if it was taught no format that is known.
+        tenant_admin: Manages tenants.
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
-        tenants: Who may call.
         created: Unix time the server started.
         started: Set once the adapters named at start are loaded.
     """
@@ -64,10 +65,10 @@ class AppState:
     metrics: Metrics
     check_grammar: GrammarCheck
     tool_format: ToolFormat | None
+    tenant_admin: TenantAdmin
     model_root: str
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY
-    tenants: TenantDirectory = field(default_factory=TenantDirectory)
     created: int = field(default_factory=lambda: int(time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -75,6 +76,11 @@ class AppState:
     def model_name(self) -> str:
         """The name the base is served under."""
         return self.registry.catalog.base_name
+
+    @property
+    def tenants(self) -> TenantDirectory:
+        """Who may call."""
+        return self.tenant_admin.directory
 
     def require_info(self) -> EngineInfo:
         """What the engine runs.

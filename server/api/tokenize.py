@@ -4,6 +4,8 @@ import asyncio
 
 from fastapi import APIRouter
 
+from ..tenants.tenant import Caller
+from .caller import Calling
 from .prompts import chat_prompt, check_characters, encode
 from .protocol import DetokenizeBody, TokenizeBody
 from .sampling import check_vocabulary
@@ -14,9 +16,9 @@ router = APIRouter()
 
 
 @router.post("/tokenize", dependencies=[json_only])
-async def tokenize(body: TokenizeBody, state: State) -> dict[str, object]:
+async def tokenize(body: TokenizeBody, state: State, caller: Calling) -> dict[str, object]:
     """Token ids of a text or of a conversation."""
-    _check_model(body.model, state)
+    _check_model(body.model, state, caller)
     token_ids = await _token_ids(body, state)
     names = [state.tokenizer.token(token_id) for token_id in token_ids]
     return {
@@ -28,9 +30,9 @@ async def tokenize(body: TokenizeBody, state: State) -> dict[str, object]:
 
 
 @router.post("/detokenize", dependencies=[json_only])
-async def detokenize(body: DetokenizeBody, state: State) -> dict[str, str]:
+async def detokenize(body: DetokenizeBody, state: State, caller: Calling) -> dict[str, str]:
     """Text of token ids, special tokens included."""
-    _check_model(body.model, state)
+    _check_model(body.model, state, caller)
     check_vocabulary(body.tokens, state.require_info(), "tokens")
     text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, False)
     return {"prompt": text}
@@ -45,6 +47,6 @@ async def _token_ids(body: TokenizeBody, state: AppState) -> list[int]:
     return await encode(text, body.add_special_tokens is not False, state)
 
 
-def _check_model(model: str | None, state: AppState) -> None:
+def _check_model(model: str | None, state: AppState, caller: Caller) -> None:
     if model is not None:
-        state.registry.catalog.resolve(model)
+        state.registry.catalog.resolve(model, caller)

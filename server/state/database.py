@@ -27,12 +27,17 @@ class StateError(Exception):
     """The state folder cannot be used; the message says why and what to do."""
 
 
+class StateTaken(StateError):
+    """The state folder belongs to a server that is running."""
+
+
 @contextmanager
 def open_database(state_dir: Path) -> Iterator[Engine]:
     """The database of the state folder, up to date; nobody else opens it while the block runs.
 
     Raises:
-        StateError: Another server has it, or it cannot be read or brought up to date.
+        StateTaken: Another server has it.
+        StateError: It cannot be read or brought up to date.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
     with _owned(state_dir):
@@ -65,7 +70,7 @@ def _owned(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(
+            raise StateTaken(
                 f"the state folder {state_dir} belongs to a server that is running; give this one"
                 " its own with --state-dir"
             ) from None

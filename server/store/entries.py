@@ -7,6 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from ..engine.messages import AdapterInfo
+from .names import plain_name
 
 DIGEST_CHARACTERS = 64
 
@@ -51,14 +52,14 @@ class Adapter:
     """A name and what it stands for.
 
     Attributes:
-        name: What requests call it.
+        name: What requests call it; with its owner's name in front, as ``tenant/name``.
         source: Where it was last asked for.
         origin: What keeps it registered: empty for the API, ``--adapter``, or a watched folder.
         created: Unix time the name was registered.
         default_digest: The version the bare name means; None while there is none.
         versions: Newest registration first.
         pinned: Whether the default version is to stay in memory.
-        owner: The tenant that may use it, None for everybody.
+        owner: The tenant whose own it is, which alone may use it; None for the server's.
         expected: The digest that was required of it, while it has no version.
     """
 
@@ -71,6 +72,11 @@ class Adapter:
     pinned: bool = False
     owner: str | None = None
     expected: str | None = None
+
+    @property
+    def plain_name(self) -> str:
+        """What its owner calls it."""
+        return plain_name(self.name)
 
     @property
     def default(self) -> Version | None:

@@ -77,10 +77,10 @@ class Leases:
             AdapterUnavailable: An adapter has no version yet.
             CompositionRefused: The adapters cannot be combined.
         """
-        alone = self._catalog.resolve(choice.model)
         if not choice.adapters:
-            return [] if alone is None else [_selected(alone, 1.0)]
-        if alone is not None:
+            return [_selected(chosen, weight) for chosen, weight in self.chosen(choice)]
+        if not self._catalog.is_base(choice.model, choice.caller):
+            self._resolve(choice.model, choice)
             raise CompositionRefused(
                 f"with 'adapters', 'model' names the base, {self._catalog.base_name!r}, and not an "
                 "adapter"
@@ -90,7 +90,7 @@ class Leases:
             raise CompositionRefused("'adapters' names one adapter twice: add up its weights")
         check_composition(
             [
-                (repr(each.adapter.name), each.weight, each.version.info.composable)
+                (repr(each.adapter.plain_name), each.weight, each.version.info.composable)
                 for each in selected
             ]
         )
@@ -103,8 +103,8 @@ class Leases:
             UnknownModel: As ``Catalog.resolve``; or the base where an adapter belongs.
         """
         if choice.adapters:
-            return [(self._adapter(name), weight) for name, weight in choice.adapters]
-        alone = self._catalog.resolve(choice.model)
+            return [(self._adapter(name, choice), weight) for name, weight in choice.adapters]
+        alone = self._resolve(choice.model, choice)
         return [] if alone is None else [(alone, 1.0)]
 
     @asynccontextmanager
@@ -148,8 +148,11 @@ class Leases:
             del self._held[digest]
             self._on_idle(digest)
 
-    def _adapter(self, model: str) -> Chosen:
-        chosen = self._catalog.resolve(model)
+    def _resolve(self, model: str, choice: ModelChoice) -> Chosen | None:
+        return self._catalog.resolve(model, choice.caller, choice.sticky)
+
+    def _adapter(self, model: str, choice: ModelChoice) -> Chosen:
+        chosen = self._resolve(model, choice)
         if chosen is None:
             raise UnknownModel(f"{model!r} is the base model; 'adapters' names adapters.")
         return chosen
@@ -158,6 +161,6 @@ class Leases:
 def _selected(chosen: Chosen, weight: float) -> Selected:
     if chosen.version is None:
         raise AdapterUnavailable(
-            f"The adapter {chosen.adapter.name!r} is being fetched; try again shortly.", 1.0
+            f"The adapter {chosen.adapter.plain_name!r} is being fetched; try again shortly.", 1.0
         )
     return Selected(chosen.adapter, chosen.version, weight)

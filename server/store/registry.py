@@ -24,7 +24,7 @@ from .entries import Adapter, Usage, Version
 from .errors import AlreadyLoaded, RegistryError, VersionRefused
 from .intake import UPLOADED, Intake, Staged
 from .leases import Leases, ModelChoice
-from .names import check_name
+from .names import check_name, full_name
 from .pins import check_pins
 from .records import Records
 from .residents import AdapterPort, Residents
@@ -45,6 +45,7 @@ class Wanted:
         replace: Whether the name may be taken: its files become a new version then.
         expected: The digest that the files must have, None for any.
         origin: What keeps it registered: empty for the API, ``--adapter``, or a watched folder.
+        owner: The tenant whose own it is to be.
     """
 
     name: str
@@ -52,6 +53,12 @@ class Wanted:
     replace: bool = False
     expected: str | None = None
     origin: str = ""
+    owner: str | None = None
+
+    @property
+    def full_name(self) -> str:
+        """What the registry will call it."""
+        return full_name(self.name, self.owner)
 
 
 class AdapterRegistry:
@@ -139,9 +146,9 @@ class AdapterRegistry:
         Raises:
             RegistryError: The name or the source is refused.
         """
-        check_name(wanted.name, self.catalog.base_name)
+        check_name(wanted.name, self.catalog.base_name, wanted.owner)
         source = parse_source(wanted.source).text
-        async with self._lock(wanted.name):
+        async with self._lock(wanted.full_name):
             self._require_free(wanted)
             adapter = self._new(replace(wanted, source=source))
             await self._put(adapter)
@@ -157,9 +164,9 @@ class AdapterRegistry:
         try:
             return await self.add(wanted)
         except (AdapterError, RegistryError) as error:
-            self._fetch_failures.failed(wanted.name, str(error))
-            async with self._lock(wanted.name):
-                known = self.catalog.find(wanted.name)
+            self._fetch_failures.failed(wanted.full_name, str(error))
+            async with self._lock(wanted.full_name):
+                known = self.catalog.find(wanted.full_name)
                 if known is None:
                     known = self._new(wanted)
                     # Not written: the option that declares it does so again at the next start.
@@ -212,7 +219,7 @@ class AdapterRegistry:
             version = adapter.earlier() if digest is None else adapter.version(digest)
             if version is None:
                 which = "earlier version" if digest is None else f"version {digest!r}"
-                raise VersionRefused(f"The adapter {name!r} has no {which}.")
+                raise VersionRefused(f"The adapter {adapter.plain_name!r} has no {which}.")
             await self.residents.ensure(version, name)
             return await self._put(replace(adapter, default_digest=version.digest))
 
@@ -246,15 +253,15 @@ class AdapterRegistry:
             await self._write_usage()
 
     async def _add(self, wanted: Wanted, arriving: AbstractAsyncContextManager[Staged]) -> Adapter:
-        check_name(wanted.name, self.catalog.base_name)
-        async with self._lock(wanted.name):
+        check_name(wanted.name, self.catalog.base_name, wanted.owner)
+        async with self._lock(wanted.full_name):
             self._require_free(wanted)
-            self._fetching.add(wanted.name)
+            self._fetching.add(wanted.full_name)
             try:
                 async with arriving as staged:
                     return await self._admit(wanted, staged)
             finally:
-                self._fetching.discard(wanted.name)
+                self._fetching.discard(wanted.full_name)
 
     async def _admit(self, wanted: Wanted, staged: Staged) -> Adapter:
         """Have the engine look at what arrived, and make it the default version of the name."""
@@ -263,11 +270,11 @@ class AdapterRegistry:
         except BaseException:
             self._collect_later(staged.digest)
             raise
-        adapter = self.catalog.find(wanted.name) or self._new(wanted)
+        adapter = self.catalog.find(wanted.full_name) or self._new(wanted)
         adapter = adapter.with_version(_version(staged, info), self._keep)
         if wanted.origin:
             adapter = replace(adapter, origin=wanted.origin)
-        self._fetch_failures.clear(wanted.name)
+        self._fetch_failures.clear(wanted.full_name)
         return await self._put(adapter)
 
     async def _put(self, adapter: Adapter) -> Adapter:
@@ -297,13 +304,21 @@ class AdapterRegistry:
         adapter = self.catalog.get(name)
         try:
             await self.add(
-                Wanted(name, adapter.source, expected=adapter.expected, origin=adapter.origin)
+                Wanted(
+                    adapter.plain_name,
+                    adapter.source,
+                    expected=adapter.expected,
+                    origin=adapter.origin,
+                    owner=adapter.owner,
+                )
             )
         except AlreadyLoaded:
             return  # somebody registered another meanwhile
         except (AdapterError, RegistryError) as error:
             logger.warning("adapter %s cannot be had: %s", name, error)
-            self._fetch_failures.failed(name, f"The adapter {name!r} cannot be loaded: {error}")
+            self._fetch_failures.failed(
+                name, f"The adapter {adapter.plain_name!r} cannot be loaded: {error}"
+            )
             raise self._fetch_failures.unavailable(name) from error
 
     def _note_info(self, digest: str, info: AdapterInfo) -> None:
@@ -345,17 +360,18 @@ class AdapterRegistry:
             await asyncio.to_thread(self._records.note_usage, usages)
 
     def _require_free(self, wanted: Wanted) -> None:
-        known = self.catalog.find(wanted.name)
+        known = self.catalog.find(wanted.full_name)
         if known is not None and known.default is not None and not wanted.replace:
             raise AlreadyLoaded(f"The adapter {wanted.name!r} is loaded already.")
 
     def _new(self, wanted: Wanted) -> Adapter:
         return Adapter(
-            name=wanted.name,
+            name=wanted.full_name,
             source=wanted.source,
             origin=wanted.origin,
             created=int(time()),
             expected=wanted.expected,
+            owner=wanted.owner,
         )
 
     def _lock(self, name: str) -> asyncio.Lock:

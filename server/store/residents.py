@@ -16,6 +16,7 @@ from ..engine.messages import AdapterInfo, HostChanges
 from .backoff import Backoff
 from .entries import Version
 from .errors import AdapterUnavailable
+from .names import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,9 @@ class Residents:
 
 
 def _cannot_be_loaded(name: str, error: AdapterUnavailable) -> AdapterUnavailable:
-    return AdapterUnavailable(f"The adapter {name!r} cannot be loaded: {error}", error.retry_after)
+    return AdapterUnavailable(
+        f"The adapter {plain_name(name)!r} cannot be loaded: {error}", error.retry_after
+    )
 
 
 def _forget_failure(

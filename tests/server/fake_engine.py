@@ -32,12 +32,16 @@ from deltamux.server.generation import (
 from deltamux.server.grammar.check import GrammarCheck
 from deltamux.server.grammar.vocabulary import VocabularySource
 from deltamux.server.metrics import Metrics
+from deltamux.server.state.database import open_database
 from deltamux.server.store.registry import AdapterRegistry
 from deltamux.server.store.sources import SourcePolicy
+from deltamux.server.tenants.admin import TenantAdmin
+from deltamux.server.tenants.directory import Account, TenantDirectory
+from deltamux.server.tenants.records import TenantRecords
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.formats import format_of
 
-from .fake_store import label_of, open_registry
+from .fake_store import label_of, make_registry
 
 BASE = "base"
 MAX_MODEL_LEN = 64
@@ -212,7 +216,11 @@ def leave_when_stalled(server: Running, path: str, body: dict[str, object], time
 
 
 def make_state(
-    engine: FakeEngine, registry: AdapterRegistry, limits: Limits, policy: SourcePolicy
+    engine: FakeEngine,
+    registry: AdapterRegistry,
+    tenants: TenantAdmin,
+    limits: Limits,
+    policy: SourcePolicy,
 ) -> AppState:
     check = GrammarCheck(VocabularySource.of(engine.tokenizer, engine.tokenizer.vocab_size))
     metrics = Metrics(BASE)
@@ -224,6 +232,7 @@ def make_state(
         metrics,
         check,
         tools,
+        tenants,
         "some/folder",
         limits,
         policy,
@@ -237,19 +246,25 @@ def serving(
     tokenizer: Tokenizer,
     limits: Limits | None = None,
     policy: SourcePolicy | None = None,
+    accounts: list[Account] | None = None,
     **store: Any,
 ) -> Iterator[Running]:
     """A real uvicorn on a free loopback port, in a thread, with a state folder of its own.
 
-    The socket listens before the thread starts, so clients may connect at once.
+    ``accounts`` are those of a tenants file. The socket listens before the thread starts, so
+    clients may connect at once.
     """
     engine = FakeEngine(tokenizer)
     with (
         TemporaryDirectory() as state_dir,
-        open_registry(Path(state_dir), engine, base=BASE, **store) as registry,
+        open_database(Path(state_dir)) as database,
         socket.create_server(("127.0.0.1", 0)) as listener,
     ):
-        state = make_state(engine, registry, limits or Limits(), policy or SourcePolicy())
+        registry = make_registry(database, Path(state_dir), engine, base=BASE, **store)
+        tenants = TenantAdmin(TenantRecords(database), TenantDirectory())
+        if accounts is not None:
+            tenants.directory.use_file(accounts)
+        state = make_state(engine, registry, tenants, limits or Limits(), policy or SourcePolicy())
         config = uvicorn.Config(create_app(state), log_config=None, lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

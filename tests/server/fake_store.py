@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from sqlalchemy import Engine
+
 from deltamux.adapters.files import CONFIG_FILE, SAFETENSORS_FILE
 from deltamux.server.state.database import open_database
 from deltamux.server.store.archives import ArchiveLimits
@@ -52,8 +54,27 @@ def open_registry(
 ) -> Iterator[AdapterRegistry]:
     """A registry as the server makes it; ``open`` has not been called."""
     with open_database(state_dir) as database:
-        contents = ContentStore(state_dir / "adapters")
-        intake = Intake(contents, archives or ArchiveLimits(), copy_local)
-        yield AdapterRegistry(
-            base, engine, Records(database, base, contents), intake, keep_versions
+        yield make_registry(
+            database,
+            state_dir,
+            engine,
+            base=base,
+            keep_versions=keep_versions,
+            copy_local=copy_local,
+            archives=archives,
         )
+
+
+def make_registry(
+    database: Engine,
+    state_dir: Path,
+    engine: AdapterPort,
+    *,
+    base: str = "base",
+    keep_versions: int = 5,
+    copy_local: bool = True,
+    archives: ArchiveLimits | None = None,
+) -> AdapterRegistry:
+    contents = ContentStore(state_dir / "adapters")
+    intake = Intake(contents, archives or ArchiveLimits(), copy_local)
+    return AdapterRegistry(base, engine, Records(database, base, contents), intake, keep_versions)

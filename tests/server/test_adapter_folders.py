@@ -11,6 +11,7 @@ import pytest
 from deltamux.adapters.errors import AdapterCorrupt
 from deltamux.server.store.folders import Declared, DeclaredAdapters, DeclaredRefused
 from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.tenants.tenant import OPERATOR
 
 from .fake_engine import FakeEngine
 from .fake_store import open_registry, write_adapter
@@ -72,7 +73,7 @@ def test_a_folder_is_served_under_its_own_name_and_refused_ones_are_listed(engin
         for name, reason in reasons.items():
             assert reason in found[name], name
         assert registry.catalog.get("linked").source == str(good)
-        assert registry.catalog.resolve("base") is None
+        assert registry.catalog.resolve("base", OPERATOR) is None
 
     start(engine, tmp_path / "state", Declared(folders=[shelf]), check)
 
@@ -131,7 +132,7 @@ def test_what_is_declared_no_more_is_not_served_and_comes_back_as_it_was(engine,
             assert served(registry) == {"mine": None}
         async with started(engine, tmp_path / "state", declared) as (registry, adapters):
             await adapters.register()
-            chosen = registry.catalog.resolve("a")
+            chosen = registry.catalog.resolve("a", OPERATOR)
             assert chosen.version is chosen.adapter.versions[1], "still rolled back"
 
     asyncio.run(story())

@@ -419,7 +419,7 @@ def test_ten_thousand_adapters_are_there_in_seconds_and_no_file_is_read(tell, en
 
     async def all_of_them(registry: AdapterRegistry) -> None:
         assert len(registry.catalog) == 10_001
-        assert registry.catalog.resolve("copy-9999").version.digest == f"{9999:064x}"
+        assert registry.catalog.resolve("copy-9999", OPERATOR).version.digest == f"{9999:064x}"
         assert engine.load_calls == 1, "the engine knows the one alone"
 
     tell(one)

@@ -90,7 +90,6 @@ def test_a_bad_config_file_is_named(serve, tmp_path, content, says):
     ("arguments", "says"),
     [
         (["--quantization", "nf4"], "--quantization nf4 is not in this release"),
-        (["--tenants", "t.yaml"], "--tenants is not in this release"),
         (["--adapter", "nameless"], "is not NAME=PATH"),
         (["--memory-budget", "lots"], "is not a size"),
         (["--port", "70000"], "70000"),
