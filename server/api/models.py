@@ -31,11 +31,13 @@ async def get_model(model: str, state: State, caller: Calling) -> dict[str, obje
     """One model, under any name a request may use for it."""
     catalog = state.registry.catalog
     chosen = catalog.resolve(model, caller)
-    if chosen is None or catalog.is_base(model, caller):
+    if catalog.is_base(model, caller):
         return _base_card(state, caller)
     name = model.removeprefix(f"{catalog.base_name}:")
     if caller.tenant is not None and name in caller.tenant.aliases:
         return _card(state, name, name)
+    if chosen is None:
+        return _base_card(state, caller)
     return _adapter_card(state, chosen.adapter, caller)
 
 

@@ -4,7 +4,7 @@ A change is written to the database, then in force, then acknowledged.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from time import time
 
@@ -60,17 +60,9 @@ class TenantAdmin:
             TenantsRefused: An administrator is given settings.
             TenantConflict: The name is taken, or nobody could manage the server any more.
         """
-        async with self._lock:
-            if self.directory.find(new.name) is not None:
-                raise TenantConflict(f"The name {new.name!r} is taken.")
-            tenant = new.tenant(new.name)
-            _check_settings(tenant, new.role)
-            if new.role is Role.USER:
-                self._require_admin_beside(new.name)
-            key = new_key()
-            account = Account(tenant, new.role, (Key(hash_key(key)),), int(self._now()))
-            await self._write(self._records.create, account)
-            return account, key
+        key = new_key()
+        await self._alone(self._create(new, key))
+        return self.get(new.name), key
 
     async def change(self, name: str, change: TenantChange) -> Account:
         """The account as it is then.
@@ -80,14 +72,8 @@ class TenantAdmin:
             TenantsRefused: It is an administrator, which has no settings.
             TenantConflict: It stands in the tenants file, or is the last administrator.
         """
-        async with self._lock:
-            account = self._changeable(name)
-            tenant = change.applied(account.tenant)
-            _check_settings(tenant, account.role)
-            if tenant.disabled:
-                self._require_admin_beside(name)
-            await self._write(self._records.change, tenant)
-            return self.get(name)
+        await self._alone(self._change(name, change))
+        return self.get(name)
 
     async def delete(self, name: str) -> None:
         """Forget the account; its keys are refused at once.
@@ -96,10 +82,7 @@ class TenantAdmin:
             UnknownTenant: There is none.
             TenantConflict: It stands in the tenants file, or is the last administrator.
         """
-        async with self._lock:
-            self._changeable(name)
-            self._require_admin_beside(name)
-            await self._write(self._records.delete, name)
+        await self._alone(self._delete(name))
 
     async def add_key(self, name: str, overlap: float | None) -> tuple[Key, str]:
         """Another key for the account, told this once.
@@ -112,13 +95,10 @@ class TenantAdmin:
             UnknownTenant: There is no such account.
             TenantConflict: It stands in the tenants file.
         """
-        async with self._lock:
-            account = self._changeable(name)
-            secret = new_key()
-            key = Key(hash_key(secret))
-            ending = [] if overlap is None else self._ending(account, self._now() + overlap)
-            await self._write(self._records.add_key, name, key, ending)
-            return key, secret
+        secret = new_key()
+        key = Key(hash_key(secret))
+        await self._alone(self._add_key(name, key, overlap))
+        return key, secret
 
     async def delete_key(self, name: str, key_id: str) -> None:
         """Refuse the key from now on.
@@ -127,14 +107,53 @@ class TenantAdmin:
             UnknownTenant: There is no such account, or no such key of it.
             TenantConflict: It stands in the tenants file, or is the last administrator's last key.
         """
+        await self._alone(self._delete_key(name, key_id))
+
+    async def _alone(self, change: Coroutine[None, None, None]) -> None:
+        """One change at a time, each up to where it is in force, whoever still waits for it."""
+        await asyncio.shield(self._in_turn(change))
+
+    async def _in_turn(self, change: Coroutine[None, None, None]) -> None:
         async with self._lock:
-            account = self._changeable(name)
-            found = [each for each in account.keys if each.id == key_id]
-            if not found:
-                raise UnknownTenant(f"{name!r} has no key {key_id!r}.")
-            if len(account.keys) == 1:
-                self._require_admin_beside(name)
-            await self._write(self._records.delete_key, found[0])
+            await change
+            self.directory.use_database(await asyncio.to_thread(self._records.load))
+
+    async def _create(self, new: NewTenant, key: str) -> None:
+        if self.directory.find(new.name) is not None:
+            raise TenantConflict(f"The name {new.name!r} is taken.")
+        tenant = new.tenant(new.name)
+        _check_settings(tenant, new.role)
+        if new.role is Role.USER:
+            self._require_admin_beside(new.name)
+        account = Account(tenant, new.role, (Key(hash_key(key)),), int(self._now()))
+        await asyncio.to_thread(self._records.create, account)
+
+    async def _change(self, name: str, change: TenantChange) -> None:
+        account = self._changeable(name)
+        tenant = change.applied(account.tenant)
+        _check_settings(tenant, account.role)
+        if tenant.disabled:
+            self._require_admin_beside(name)
+        await asyncio.to_thread(self._records.change, tenant)
+
+    async def _delete(self, name: str) -> None:
+        self._changeable(name)
+        self._require_admin_beside(name)
+        await asyncio.to_thread(self._records.delete, name)
+
+    async def _add_key(self, name: str, key: Key, overlap: float | None) -> None:
+        account = self._changeable(name)
+        ending = [] if overlap is None else self._ending(account, self._now() + overlap)
+        await asyncio.to_thread(self._records.add_key, name, key, ending)
+
+    async def _delete_key(self, name: str, key_id: str) -> None:
+        account = self._changeable(name)
+        found = [each for each in account.keys if each.id == key_id]
+        if not found:
+            raise UnknownTenant(f"{name!r} has no key {key_id!r}.")
+        if len(account.keys) == 1:
+            self._require_admin_beside(name)
+        await asyncio.to_thread(self._records.delete_key, found[0])
 
     @staticmethod
     def _ending(account: Account, end: float) -> list[Key]:
@@ -155,14 +174,6 @@ class TenantAdmin:
                 "Nobody could manage the server then. Make an administrator first, with the role "
                 "'admin', or name an admin key in the tenants file."
             )
-
-    async def _write(self, change: Callable[..., None], *arguments: object) -> None:
-        """Change the database, then what is in force; not to be interrupted in between."""
-        await asyncio.shield(self._written(change, *arguments))
-
-    async def _written(self, change: Callable[..., None], *arguments: object) -> None:
-        await asyncio.to_thread(change, *arguments)
-        self.directory.use_database(await asyncio.to_thread(self._records.load))
 
 
 def _check_settings(tenant: Tenant, role: Role) -> None:

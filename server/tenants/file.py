@@ -73,12 +73,19 @@ def read_tenants(path: Path) -> list[Account]:
 
 
 class TenantsFile:
-    """Has a directory say what the file says; belongs to the event loop's thread."""
+    """Has a directory say what the file says; belongs to the event loop's thread.
 
-    def __init__(self, path: Path, directory: TenantDirectory) -> None:
+    Args:
+        path: The file.
+        directory: Who may call.
+        every: Seconds after which it is looked at again at the latest.
+    """
+
+    def __init__(self, path: Path, directory: TenantDirectory, every: float = 5.0) -> None:
         """Read nothing yet."""
         self._path = path
         self._directory = directory
+        self._every = every
         self._content = b""
         self._asked = asyncio.Event()
 
@@ -101,19 +108,27 @@ class TenantsFile:
                 await self._asked.wait()
                 self._asked.clear()
                 if _content(self._path) != self._content:
-                    self._take()
+                    await self._take()
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
             watching.cancel()
 
     async def _watch(self) -> None:
-        # Its folder: editors put another file in its place, and Kubernetes another folder.
-        async for _ in awatch(self._path.parent, recursive=False):
+        # Its folder: editors put another file in its place, and Kubernetes another folder. Now and
+        # then it is looked at without being told: not every file system tells.
+        watched = awatch(
+            self._path.parent,
+            recursive=False,
+            rust_timeout=int(self._every * 1000),
+            yield_on_timeout=True,
+        )
+        async for _ in watched:
             self._asked.set()
 
-    def _take(self) -> None:
+    async def _take(self) -> None:
+        self._content = _content(self._path)
         try:
-            self.load()
+            self._directory.use_file(await asyncio.to_thread(read_tenants, self._path))
         except TenantsRefused as error:
             logger.error("the tenants stay as they were: %s", error)
         else:

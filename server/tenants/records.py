@@ -6,7 +6,7 @@ from time import time
 
 from sqlalchemy import Engine, RowMapping, delete, insert, select, update
 
-from ..state.schema import tenant_keys, tenants
+from ..state.schema import adapters, tenant_keys, tenants
 from .directory import Account, Key
 from .errors import TenantConflict, UnknownTenant
 from .settings import TenantSettings
@@ -34,12 +34,18 @@ class TenantRecords:
         """Add an account with its keys.
 
         Raises:
-            TenantConflict: The name is taken.
+            TenantConflict: The name is taken, or was and left adapters behind.
         """
         with self._database.begin() as connection:
             taken = select(tenants.c.name).where(tenants.c.name == account.name)
             if connection.execute(taken).first() is not None:
                 raise TenantConflict(f"The name {account.name!r} is taken.")
+            left = select(adapters.c.name).where(adapters.c.owner == account.name)
+            if name := connection.execute(left).scalar():
+                raise TenantConflict(
+                    f"An earlier tenant {account.name!r} left adapters behind, which the new one "
+                    f"would have: remove {name!r} first, or choose another name."
+                )
             row = {**_row(account.tenant), "role": account.role.value, "created": account.created}
             connection.execute(insert(tenants).values(row))
             for key in account.keys:

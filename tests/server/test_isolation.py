@@ -10,13 +10,22 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deltamux.adapters.errors import AdapterCorrupt
+from deltamux.server.composition import Composable
+from deltamux.server.engine.messages import AdapterInfo
 from deltamux.server.generation import Share
+from deltamux.server.store.catalog import Catalog
+from deltamux.server.store.entries import Adapter, Version
+from deltamux.server.store.errors import UnknownAdapter, UnknownModel
+from deltamux.server.store.names import full_name
 from deltamux.server.tenants.directory import Account, Key
 from deltamux.server.tenants.isolation import cache_salt
 from deltamux.server.tenants.keys import hash_key
@@ -508,6 +517,75 @@ def render() -> str:
 
 def test_the_page_has_the_table_that_is_tested():
     assert render() in PAGE.read_text(encoding="utf-8")
+
+
+NAMES = ("a", "ab", "b", "base", "default")
+OWNERS = (None, "acme", "globex")
+PATTERNS = ("a", "a*", "*", "*/*", "acme/*", "acme/a", "[!a]", "none")
+names = st.sampled_from(NAMES[:3])
+
+
+@st.composite
+def full_adapters(draw) -> Adapter:
+    owner, name = draw(st.sampled_from(OWNERS)), draw(names)
+    digests = draw(st.lists(st.sampled_from(("a" * 64, "b" * 64)), max_size=2, unique=True))
+    info = AdapterInfo("", "lora", "peft", 8, 1, 1, ["q_proj"], Composable())
+    versions = [Version(each, "", "", "", True, 1, info, 0.0) for each in digests]
+    default = digests[0] if digests else None
+    full = full_name(name, owner)
+    return Adapter(full, "", "", 0, default, tuple(versions), owner=owner)
+
+
+@st.composite
+def some_tenants(draw) -> Tenant:
+    targets = st.sampled_from((*NAMES, "acme/a", "a@b", "base:a", "globex/b@a"))
+    weights = st.dictionaries(targets, st.just(1.0), min_size=1, max_size=2)
+    aliases = draw(st.dictionaries(st.sampled_from(("x", "a", "ab")), weights, max_size=2))
+    return Tenant(
+        draw(st.sampled_from(("acme", "globex"))),
+        tuple(draw(st.lists(st.sampled_from(PATTERNS), max_size=2))),
+        draw(st.none() | targets),
+        {name: Alias(tuple(each.items())) for name, each in aliases.items()},
+    )
+
+
+def told(catalog: Catalog, tenant: Tenant) -> list[object]:
+    """All that a tenant can get out of a catalogue by asking for names."""
+    caller = Caller(tenant, Role.USER, "id")
+    answers: list[object] = [catalog.visible(caller)]
+    plain = [*NAMES, "x", "acme/a", "globex/b"]
+    for name in plain:
+        for model in (name, f"base:{name}", f"{name}@a", f"base:{name}@b", f"{name}@"):
+            try:
+                answers.append(catalog.resolve(model, caller, "user"))
+            except UnknownModel as error:
+                answers.append(str(error))
+        try:
+            answers.append(catalog.look_up(name, caller))
+        except UnknownAdapter as error:
+            answers.append(str(error))
+    return answers
+
+
+def of(*adapters: Adapter) -> Catalog:
+    catalog = Catalog("base")
+    for each in adapters:
+        catalog.put(each)
+    return catalog
+
+
+@given(st.lists(full_adapters(), max_size=6, unique_by=lambda each: each.name), some_tenants())
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_asked_is_answered_as_if_others_adapters_did_not_exist(adapters, tenant):
+    def may_use(adapter: Adapter) -> bool:
+        if adapter.owner is not None:
+            return adapter.owner == tenant.name
+        return any(fnmatchcase(adapter.name, each) for each in tenant.adapters)
+
+    visible = [each for each in adapters if may_use(each)]
+    answers = told(of(*adapters), tenant)
+    assert answers == told(of(*visible), tenant)
+    assert all(each in visible for each in answers[0])
 
 
 def test_cached_tokens_tell_nothing_of_another_tenants_prompt(tiny_model):

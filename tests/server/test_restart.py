@@ -177,6 +177,8 @@ def config_file(tmp_path_factory) -> Path:
         (["{model}", "--config", "/nonexistent.yaml"], ["/nonexistent.yaml"]),
         (["{model}", "--port", "{port}"], ["{port}"]),
         (["{model}", "--dtype", "float16"], ["float16"]),
+        (["{model}", "--host", "0.0.0.0"], ["0.0.0.0", "--tenants", "--allow-open"]),
+        (["{model}", "--tenants", "{config}"], ["{config}", "dtype", "unknown key"]),
         (["{model}", "--memory-budget", "1"], ["--memory-budget"]),
     ],
     ids=lambda value: " ".join(value[-2:]) if "{" in value[0] else None,
