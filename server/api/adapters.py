@@ -1,5 +1,6 @@
 """Adapter management: ``/v1/adapters``, and vLLM's load and unload with its exact answers."""
 
+import dataclasses
 from typing import Annotated, BinaryIO, TypeVar
 
 import msgspec
@@ -11,8 +12,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..store.entries import Adapter
 from ..store.errors import AlreadyLoaded, UnknownAdapter
-from ..store.registry import Wanted
 from ..store.sources import parse_source
+from ..store.wanted import Wanted
 from ..tenants.tenant import Caller
 from .adapter_bodies import (
     NEW_ADAPTER,
@@ -133,9 +134,10 @@ async def _add_upload(request: Request, state: AppState, caller: Caller) -> Resp
             raise InvalidRequest(
                 "Send the adapter's .tar, .tar.gz or .zip as the file 'archive'.", "archive"
             )
-        wanted = Wanted(
-            fields.name, replace=fields.replace, expected=fields.digest, owner=_owner(caller)
-        )
+        wanted = Wanted(fields.name, replace=fields.replace, expected=fields.digest)
+        if caller.tenant is not None:
+            own = caller.tenant
+            wanted = dataclasses.replace(wanted, owner=own.name, limits=own.limits)
         file: BinaryIO = archive.file
         return _card(await state.registry.add_archive(wanted, file), state, caller, 201)
 
@@ -155,11 +157,6 @@ def _parsed(kind: type[_Fields], content: object, strict: bool = True) -> _Field
         raise RequestValidationError(error.errors()) from error
 
 
-def _owner(caller: Caller) -> str | None:
-    """Whose own an adapter becomes that the caller uploads."""
-    return None if caller.tenant is None else caller.tenant.name
-
-
 def _changeable(name: str, caller: Caller, state: AppState) -> Adapter:
     """The adapter that the caller calls so and may change.
 
@@ -168,7 +165,7 @@ def _changeable(name: str, caller: Caller, state: AppState) -> Adapter:
         ManagementForbidden: It is not its own.
     """
     adapter = state.registry.catalog.look_up(name, caller)
-    if not caller.is_admin and adapter.owner != _owner(caller):
+    if caller.tenant is not None and adapter.owner != caller.tenant.name:
         raise ManagementForbidden(f"The adapter {name!r} is not yours; this needs an admin key.")
     return adapter
 

@@ -31,6 +31,7 @@ from ..engine.errors import EngineError, QueueFull
 from ..store.errors import (
     AdapterUnavailable,
     FetchFailed,
+    QuotaExceeded,
     RegistryError,
     SourceForbidden,
     UnknownAdapter,
@@ -190,6 +191,8 @@ def from_registry(error: RegistryError) -> ApiError:
             return NotFound(message)
         case SourceForbidden():
             return ManagementForbidden(message, "source")
+        case QuotaExceeded():
+            return ManagementForbidden(message)
         case FetchFailed():
             return BadGateway(message, "source")
     return InvalidUserInput(message)

@@ -6,6 +6,7 @@ RegistryError
 ├── UnknownAdapter       no adapter of that name
 ├── UnknownModel         no base, adapter or version of that name is being served
 ├── VersionRefused       the version that is asked for cannot become the default
+├── QuotaExceeded        its owner may have no more
 ├── PinRefused           there is no room to pin it
 ├── AdapterUnavailable   it is registered and could not be loaded; it will be tried again
 ├── SourceRefused        no source, or written in a way that is refused
@@ -38,6 +39,10 @@ class UnknownModel(RegistryError):
 
 class VersionRefused(RegistryError):
     """The version that is asked for cannot become the default."""
+
+
+class QuotaExceeded(RegistryError):
+    """The owner may have no more adapters, or none of that size."""
 
 
 class PinRefused(RegistryError):

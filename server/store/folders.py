@@ -19,8 +19,9 @@ from ..engine.errors import EngineError
 from .entries import Adapter
 from .errors import RegistryError
 from .intake import fingerprint
-from .registry import AdapterRegistry, Wanted
+from .registry import AdapterRegistry
 from .sources import SourceKind, parse_source
+from .wanted import Wanted
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import time
 from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
@@ -17,48 +17,25 @@ from weakref import WeakValueDictionary
 from ...adapters.errors import AdapterError
 from ..engine.errors import EngineError
 from ..engine.messages import AdapterInfo
+from ..tenants.tenant import TenantLimits
 from .arrivals import Arrivals
 from .backoff import Backoff
 from .catalog import Catalog
 from .entries import Adapter, Usage, Version
-from .errors import AlreadyLoaded, RegistryError, VersionRefused
-from .intake import UPLOADED, Intake, Staged
+from .errors import AlreadyLoaded, QuotaExceeded, RegistryError, VersionRefused
+from .intake import Intake, Staged
 from .leases import Leases, ModelChoice
 from .names import check_name, full_name
 from .pins import check_pins
+from .quota import check_quota
 from .records import Records
 from .residents import AdapterPort, Residents
 from .sources import parse_source
+from .wanted import Wanted
 
 logger = logging.getLogger(__name__)
 
 _USAGE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """An adapter that is to be registered.
-
-    Attributes:
-        name: 1 to 128 of ``A-Z a-z 0-9 . _ -``, not starting with a dot.
-        source: A path or a URL; empty for an upload.
-        replace: Whether the name may be taken: its files become a new version then.
-        expected: The digest that the files must have, None for any.
-        origin: What keeps it registered: empty for the API, ``--adapter``, or a watched folder.
-        owner: The tenant whose own it is to be.
-    """
-
-    name: str
-    source: str = UPLOADED
-    replace: bool = False
-    expected: str | None = None
-    origin: str = ""
-    owner: str | None = None
-
-    @property
-    def full_name(self) -> str:
-        """What the registry will call it."""
-        return full_name(self.name, self.owner)
 
 
 class AdapterRegistry:
@@ -275,7 +252,19 @@ class AdapterRegistry:
         if wanted.origin:
             adapter = replace(adapter, origin=wanted.origin)
         self._fetch_failures.clear(wanted.full_name)
-        return await self._put(adapter)
+        if wanted.owner is None:
+            return await self._put(adapter)
+        return await self._put_own(adapter, wanted.owner, wanted.limits)
+
+    async def _put_own(self, adapter: Adapter, owner: str, limits: TenantLimits) -> Adapter:
+        """One at a time for each owner, so that several together stay within its limits."""
+        async with self._lock(full_name("", owner)):
+            try:
+                check_quota(adapter, self.catalog.owned(owner), limits)
+            except QuotaExceeded:
+                self._collect_later(adapter.versions[0].digest)
+                raise
+            return await self._put(adapter)
 
     async def _put(self, adapter: Adapter) -> Adapter:
         """Write the adapter, then let requests see it."""

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from deltamux.adapters.folder import hash_folder
 from deltamux.server.engine.messages import AdapterInfo
-from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.store.registry import AdapterRegistry
+from deltamux.server.store.wanted import Wanted
 
 from .fake_store import files_in, open_registry, write_adapter
 from .hostile_archives import tar

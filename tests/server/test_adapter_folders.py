@@ -10,7 +10,8 @@ import pytest
 
 from deltamux.adapters.errors import AdapterCorrupt
 from deltamux.server.store.folders import Declared, DeclaredAdapters, DeclaredRefused
-from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.store.registry import AdapterRegistry
+from deltamux.server.store.wanted import Wanted
 from deltamux.server.tenants.tenant import OPERATOR
 
 from .fake_engine import FakeEngine

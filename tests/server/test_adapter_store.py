@@ -28,7 +28,8 @@ from deltamux.server.store.errors import (
     VersionRefused,
 )
 from deltamux.server.store.leases import ModelChoice
-from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.store.registry import AdapterRegistry
+from deltamux.server.store.wanted import Wanted
 from deltamux.server.tenants.tenant import OPERATOR
 
 from .fake_engine import FakeEngine

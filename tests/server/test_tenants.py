@@ -420,6 +420,34 @@ def test_a_name_is_not_given_to_a_new_tenant_while_adapters_of_an_earlier_one_ar
         answered(admin.post("/v1/tenants", json={"name": "acme"}), 201)
 
 
+def test_own_adapters_are_bounded_in_number_and_bytes(managed):
+    admin = managed.new_admin()
+    body = {"name": "acme", "limits": {"adapters": 2}}
+    acme = managed.client(answered(admin.post("/v1/tenants", json=body), 201)["key"])
+
+    def upload(name: str, weights: bytes, status: int, **fields: str) -> dict:
+        content = packed((GOOD[0], ("adapter_model.safetensors", weights)))
+        files = {"archive": ("a.zip", content)}
+        answer = acme.post("/v1/adapters", data={"name": name, **fields}, files=files)
+        return answered(answer, status)
+
+    upload("one", b"1" * 500, 201)
+    upload("two", b"1" * 500, 201)
+    assert "You may have 2 adapters" in upload("three", b"3" * 500, 403)["error"]["message"]
+    size = len(GOOD[0][1]) + 500
+    limits = {"adapters": None, "adapter_bytes": 2 * size}
+    answered(admin.patch("/v1/tenants/acme", json={"limits": limits}), 200)
+    upload("three", b"1" * 500, 201)  # files that it has already take no room
+    upload("two", b"2" * 500, 201, replace="true")
+    refused = upload("two", b"3" * 500, 403, replace="true")
+    assert f"would take {3 * size} bytes" in refused["error"]["message"]
+    assert len(acme.get("/v1/adapters/two").json()["versions"]) == 2
+    contents = managed.server.state_dir / "adapters" / "contents"
+    eventually(lambda: len(list(contents.iterdir())) == 2)
+    answered(acme.delete("/v1/adapters/two"), 200)
+    upload("four", b"3" * 500, 201)
+
+
 def test_what_a_tenant_uploads_may_not_hide_the_base(managed):
     admin = managed.new_admin()
     acme = managed.client(admin.post("/v1/tenants", json={"name": "acme"}).json()["key"])
