@@ -25,7 +25,7 @@ from .grammar.vocabulary import VocabularySource
 from .metrics import Metrics
 from .model.errors import ModelError
 from .model.source import resolve_model
-from .state.database import StateError, open_database
+from .state.database import StateError, open_database, write_address
 from .store.archives import ArchiveLimits
 from .store.contents import ContentStore
 from .store.folders import Declared, DeclaredAdapters, DeclaredRefused
@@ -86,6 +86,7 @@ def run(config: ServeConfig) -> None:
         ):
             tenants, file = _tenants(config, database)
             _check_reach(config, listener, tenants.directory)
+            write_address(config.state_dir, _url(listener))
             folder = resolve_model(config.model, config.state_dir)
             runner.run(_serve(config, folder, listener, database, tenants, file))
     except _CANNOT_START as error:
@@ -298,9 +299,14 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _say_ready(config: ServeConfig, listener: socket.socket, state: AppState) -> None:
+def _url(listener: socket.socket) -> str:
+    """Where the server is reached, from its own machine."""
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _say_ready(config: ServeConfig, listener: socket.socket, state: AppState) -> None:
+    url = _url(listener)
     adapters = state.registry.catalog.all()
     served = [adapter.name for adapter in adapters if adapter.default is not None]
     shown = ", ".join(served[:_SHOWN]) + (", ..." if len(served) > _SHOWN else "")

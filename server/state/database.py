@@ -18,6 +18,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 DATABASE_FILE = "deltamux.sqlite"
+_ADDRESS_FILE = "address"
 
 _BUSY_MILLISECONDS = 10_000
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -52,6 +53,19 @@ def open_database(state_dir: Path) -> Iterator[Engine]:
             ) from error
         finally:
             engine.dispose()
+
+
+def write_address(state_dir: Path, url: str) -> None:
+    """Say where the server that has the folder is reached, for commands that would change it."""
+    (state_dir / _ADDRESS_FILE).write_text(url)
+
+
+def read_address(state_dir: Path) -> str | None:
+    """What the server that has the folder said last, None where it said nothing."""
+    try:
+        return (state_dir / _ADDRESS_FILE).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def migrate(engine: Engine) -> None:

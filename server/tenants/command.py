@@ -85,12 +85,12 @@ class _Limit(click.ParamType[tuple[str, int], object]):
     envvar="DELTAMUX_STATE_DIR",
     default=default_state_dir,
     show_default="the user's state folder",
-    help="The server's; used where no server runs on it.",
+    help="The server's.",
 )
 @click.option(
     "--url",
     envvar="DELTAMUX_URL",
-    help="Ask the server there.  [default: http://127.0.0.1:8000 where one has the state folder]",
+    help="Ask the server there.  [default: the one that has the state folder, if any]",
 )
 @click.option(
     "--admin-key",

@@ -12,15 +12,13 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from pydantic import ValidationError
 
-from ..state.database import StateTaken, open_database
+from ..state.database import StateTaken, open_database, read_address
 from .admin import TenantAdmin
 from .cards import card_of, key_card
 from .directory import TenantDirectory
 from .errors import TenantsRefused
 from .records import TenantRecords
 from .settings import NewTenant, TenantChange, refusal
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 _SECONDS = 30
 
@@ -134,10 +132,11 @@ class RemoteTenants:
 
 @contextmanager
 def find_tenants(state_dir: Path, url: str | None, admin_key: str | None) -> Iterator[Tenants]:
-    """Those of the server at ``url``; without one of the database, if no server has it.
+    """Those of the server at ``url``; without one of the database, or of the server that has it.
 
     Raises:
         StateError: The database cannot be used.
+        TenantsRefused: A server has it and did not say where it is reached.
     """
     if url is not None:
         yield RemoteTenants(url, admin_key)
@@ -146,8 +145,11 @@ def find_tenants(state_dir: Path, url: str | None, admin_key: str | None) -> Ite
         with open_database(state_dir) as database:
             records = TenantRecords(database)
             yield LocalTenants(TenantAdmin(records, TenantDirectory(), keeps_admin=False))
-    except StateTaken:
-        yield RemoteTenants(DEFAULT_URL, admin_key)
+    except StateTaken as error:
+        address = read_address(state_dir)
+        if address is None:
+            raise TenantsRefused(f"{error}; or name it with --url") from error
+        yield RemoteTenants(address, admin_key)
 
 
 def _parsed(form: type[_Form], fields: Mapping[str, Any]) -> _Form:

@@ -10,11 +10,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from click.testing import CliRunner
 
 from deltamux.server.cli import cli
-from deltamux.server.state.database import open_database
+from deltamux.server.state.database import open_database, write_address
 from deltamux.server.tenants.admin import TenantAdmin
 from deltamux.server.tenants.directory import Account, Key, TenantDirectory
 from deltamux.server.tenants.errors import KeyRefused, TenantsRefused
@@ -22,7 +23,7 @@ from deltamux.server.tenants.file import TenantsFile, read_tenants
 from deltamux.server.tenants.keys import hash_key
 from deltamux.server.tenants.records import TenantRecords
 from deltamux.server.tenants.routing import draw, meaning, permits
-from deltamux.server.tenants.settings import LimitsForm, NewTenant, TenantSettings
+from deltamux.server.tenants.settings import LimitsForm, NewTenant, TenantChange, TenantSettings
 from deltamux.server.tenants.tenant import OPERATOR, Alias, Role, Tenant, TenantLimits
 
 from .fake_engine import Running, serving
@@ -515,6 +516,37 @@ def test_tenants_survive_a_restart(tmp_path):
     assert key.encode() not in raw
 
 
+def test_a_change_whose_client_goes_away_is_in_force_before_the_next(tmp_path):
+    async def go_away(admin: TenantAdmin) -> None:
+        _, key = await admin.create(NewTenant(name="acme"))
+        disabling = asyncio.create_task(admin.change("acme", TenantChange(disabled=True)))
+        await asyncio.sleep(0)
+        disabling.cancel()
+        await asyncio.gather(disabling, return_exceptions=True)
+        _, second = await admin.add_key("acme", None)
+        assert not _is_good(admin.directory, key)
+        assert not _is_good(admin.directory, second)
+
+    with open_database(tmp_path) as database:
+        admin = TenantAdmin(TenantRecords(database), TenantDirectory(), keeps_admin=False)
+        asyncio.run(go_away(admin))
+        assert TenantRecords(database).load() == admin.directory.all()
+
+
+def test_openais_client_understands_the_refusals(managed):
+    admin = managed.new_admin()
+    key = admin.post("/v1/tenants", json={"name": "acme"}).json()["key"]
+    url = f"{managed.server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as acme:
+        assert acme.completions.create(model="base", prompt="x").choices
+        with pytest.raises(openai.NotFoundError):
+            acme.completions.create(model="hidden", prompt="x")
+    with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as nobody:
+        with pytest.raises(openai.AuthenticationError, match="not valid") as refused:
+            nobody.completions.create(model="base", prompt="x", stream=True)
+        assert (refused.value.status_code, refused.value.type) == (401, "AuthenticationError")
+
+
 def test_what_stands_in_the_file_is_changed_there(tokenizer):
     of_file = [
         Account(Tenant("ops"), Role.ADMIN, (Key(hash_key("ops")),)),
@@ -597,9 +629,11 @@ def test_the_command_refuses_by_name(tmp_path, arguments, says):
     assert (code, says in error) == (2, True), error
 
 
-def test_the_command_asks_a_running_server(managed, monkeypatch):
+def test_the_command_asks_a_running_server(managed):
     """Whose state folder it cannot have; a change is in force for the next request."""
-    monkeypatch.setattr("deltamux.server.tenants.places.DEFAULT_URL", managed.server.url)
+    code, _, error = deltamux("--state-dir", str(managed.server.state_dir), "list")
+    assert (code, "name it with --url" in error) == (2, True)
+    write_address(managed.server.state_dir, managed.server.url)
     place = ("--state-dir", str(managed.server.state_dir))
     _, admin_key, _ = deltamux(*place, "create", "ops", "--role", "admin")
     code, _, error = deltamux(*place, "list")
@@ -640,6 +674,6 @@ def test_a_server_of_a_tenants_file(tiny_model, tmp_path):
         eventually(lambda: status("two") == 200)
         assert status("one") == 401
         env = {"DELTAMUX_ADMIN_KEY": "ops"}
-        _, key, _ = deltamux("--url", server.url, "create", "b", **env)
+        _, key, _ = deltamux("--state-dir", str(tmp_path / "state"), "create", "b", **env)
         assert status(key) == 200
         assert key not in (tmp_path / "log").read_text()
