@@ -261,6 +261,18 @@ def cli() -> None:
     help="How the base writes tool calls; auto: as its chat template teaches.",
 )
 @_option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help="Of log lines on standard error: for people, or a JSON object each.",
+)
+@_option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="Send an OpenTelemetry trace of every request to this collector, as "
+    "http://localhost:4317; needs deltamux[otel].",
+)
+@_option(
     "--kernels",
     type=click.Choice(["auto", "compiled", "triton", "interpret", "reference"]),
     default="auto",

@@ -42,6 +42,8 @@ class ServeConfig:
     cuda_graphs: bool
     tool_call_parser: str
     cors_origins: tuple[str, ...]
+    log_format: str
+    otlp_traces_endpoint: str | None
 
 
 def default_state_dir() -> Path:

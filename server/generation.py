@@ -170,6 +170,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
         stop_token_id: The end or stop token that ended it.
         error: The reason under ``FinishReason.ERROR``.
         beams: What beam search found, best first, on its only update.
+        scheduled: On the first update after it, when the sequence was part of a step for the first
+            time, as ``time.monotonic`` tells it, which all processes of a machine share.
     """
 
     request_id: str
@@ -181,3 +183,4 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     error: str | None = None
     beams: list[BeamAnswer] = []
+    scheduled: float | None = None

@@ -22,7 +22,8 @@ from .engine.config import EngineConfig
 from .engine.errors import EngineError
 from .grammar.check import GrammarCheck
 from .grammar.vocabulary import VocabularySource
-from .metrics import Metrics
+from .logs import configure
+from .metrics.metrics import Metrics
 from .model.errors import ModelError
 from .model.source import resolve_model
 from .state.database import StateError, open_database, write_address
@@ -40,6 +41,9 @@ from .tenants.file import TenantsFile
 from .tenants.records import TenantRecords
 from .text.tokenizer import Tokenizer, TokenizerError
 from .tools.formats import FORMATS, ToolFormat, format_of
+from .tracing import RequestTracer, TracingUnavailable, open_tracer
+from .usage.ledger import Ledger
+from .usage.records import UsageRecords
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ _CANNOT_START = (
     StateError,
     DeclaredRefused,
     TenantError,
+    TracingUnavailable,
     OSError,
 )
 
@@ -72,15 +77,14 @@ def run(config: ServeConfig) -> None:
     Raises:
         ServeError: The model, an ``--adapter`` or the address cannot be served.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("alembic", "watchfiles"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    configure(config.log_format)
     # uvicorn raises the signal again when it has ended; by default that ends the process before
     # the engine is.
     signal.signal(signal.SIGTERM, _exit)
     try:
         listener = _bind(config.host, config.port)
         with (
+            open_tracer(config.otlp_traces_endpoint) as tracer,
             open_database(config.state_dir) as database,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
@@ -88,7 +92,7 @@ def run(config: ServeConfig) -> None:
             _check_reach(config, listener, tenants.directory)
             write_address(config.state_dir, _url(listener))
             folder = resolve_model(config.model, config.state_dir)
-            runner.run(_serve(config, folder, listener, database, tenants, file))
+            runner.run(_serve(config, folder, listener, database, tenants, file, tracer))
     except _CANNOT_START as error:
         raise ServeError(str(error)) from error
 
@@ -129,12 +133,15 @@ async def _serve(
     database: Engine,
     tenants: TenantAdmin,
     file: TenantsFile | None,
+    tracer: RequestTracer | None,
 ) -> None:
     metrics = Metrics(config.served_model_name)
+    ledger = Ledger(config.state_dir / "usage", UsageRecords(database))
     engine = EngineClient(_engine_config(config, folder), config.max_waiting)
     registry = _registry(config, engine, database)
     declared = DeclaredAdapters(_declared(config), registry)
     async with (
+        ledger.running(),
         _running(engine, _listener(metrics, registry)),
         _opened(config, registry),
         _followed(file),
@@ -147,12 +154,14 @@ async def _serve(
             tokenizer,
             registry,
             metrics,
+            ledger,
             check,
             tools,
             tenants,
             model_root=str(folder),
             limits=Limits(max_upload_bytes=config.max_upload_size),
             policy=SourcePolicy(config.adapter_sources),
+            tracer=tracer,
         )
         server = uvicorn.Server(
             uvicorn.Config(
@@ -280,6 +289,7 @@ def _engine_config(config: ServeConfig, folder: Path) -> EngineConfig:
         host_memory_budget=config.host_memory_budget,
         prefix_caching=config.prefix_caching,
         cuda_graphs=config.cuda_graphs,
+        log_format=config.log_format,
     )
 
 

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from . import adapters, chat, completions, errors, health, models, tenants, tokenize
+from . import adapters, chat, completions, errors, health, models, tenants, tokenize, usage
 from .caller import Authenticate
+from .observe import Observe
 from .openapi import document
 from .request_id import HEADER, RequestId
 from .security import BodyLimit
@@ -40,8 +41,9 @@ def create_app(state: AppState, cors_origins: Sequence[str] = ()) -> FastAPI:
             allow_headers=["*"],
             expose_headers=[HEADER],
         )
+    app.add_middleware(Observe, metrics=state.metrics, tracer=state.tracer)
     app.add_middleware(RequestId)
-    for module in (completions, chat, models, tokenize, adapters, tenants, health):
+    for module in (completions, chat, models, tokenize, adapters, tenants, usage, health):
         app.include_router(module.router)
     document(app)
     return app

@@ -47,6 +47,11 @@ def _bearer(scope: Scope) -> str | None:
     return key.strip() if scheme.lower() == "bearer" and key.strip() else None
 
 
+def caller_in(scope: Scope) -> Caller | None:
+    """Who sent the request of ``scope``; None where that was not asked, or nobody is known."""
+    return scope.get(_KEY)
+
+
 def _caller_of(request: Request) -> Caller:
     return cast(Caller, request.scope[_KEY])
 

@@ -48,7 +48,9 @@ async def create_chat_completion(
     job = make_job("chatcmpl", body, chosen, [prompt], state, body.prompt_logprobs, grammar, skips)
     named = isinstance(body.tool_choice, NamedTool)
     calls = [ChoiceCalls(tools, named) for _ in job.choices]
-    return await respond(request, body, job, deltas(job, state), _Format(body, job, state, calls))
+    return await respond(
+        request, state, body, job, deltas(job, state), _Format(body, job, state, calls)
+    )
 
 
 @dataclass(frozen=True, slots=True)

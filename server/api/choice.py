@@ -14,6 +14,7 @@ from ..generation import (
     SequenceUpdate,
     TokenLogprobs,
 )
+from ..metrics.request import RequestRecord
 from ..text.detokenizer import Detokenizer
 from ..text.stop_strings import Piece, StopStrings
 from ..text.tokenizer import Tokenizer
@@ -169,7 +170,7 @@ class ChoiceText:
 
 
 async def stream_choice(
-    choice: Choice, adapters: list[AdapterWeight], state: AppState
+    choice: Choice, adapters: list[AdapterWeight], record: RequestRecord, state: AppState
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Generate the choice; closing the generator aborts its sequence.
 
@@ -180,15 +181,16 @@ async def stream_choice(
     text = ChoiceText(choice, state.tokenizer)
     request = msgspec.structs.replace(choice.request, adapters=adapters)
     with state.metrics.sequence(
-        [each.adapter_id for each in adapters], len(request.prompt_token_ids)
-    ) as record:
+        record, [each.adapter_id for each in adapters], len(request.prompt_token_ids)
+    ) as sequence:
         async with aclosing(state.engine.generate(request)) as updates:
             async for update in updates:
-                if (delta := text.take(update)) is None:
+                delta = text.take(update)
+                sequence.tokens(0 if delta is None else len(delta.token_ids), update.scheduled)
+                if delta is None:
                     continue
-                record.tokens(len(delta.token_ids))
                 if delta.finish_reason is not None:
-                    record.finish(delta.finish_reason)
+                    sequence.finish(delta.finish_reason)
                     break
                 yield delta
             else:

@@ -34,7 +34,7 @@ async def create_completion(
     source = deltas(job, state)
     if body.echo:
         source = echoed(job, source, state, scored=body.logprobs is not None)
-    return await respond(request, body, job, source, _Format(body, job, state))
+    return await respond(request, state, body, job, source, _Format(body, job, state))
 
 
 def _prompt_logprobs(body: CompletionBody) -> int | None:

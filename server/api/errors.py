@@ -170,7 +170,7 @@ def from_validation(error: RequestValidationError) -> InvalidRequest:
     context = first.get("ctx", {})
     if first["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {context['error']}.")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"][1:]]  # the first says: body or query
     param = context.get("param") or (path[0] if path else None)
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"The field {'.'.join(path)!r} is not supported.", param)

@@ -16,10 +16,12 @@ from fastapi import Request
 from ..composition import Composable, check_room
 from ..engine.messages import EngineInfo
 from ..generation import GenerationRequest, TokenLogprobs
+from ..metrics.request import Asked, RequestRecord
 from ..scheduler.limits import longest_sequence
-from ..store.leases import ModelChoice
+from ..store.leases import Leased, ModelChoice
 from ..tenants.isolation import cache_salt, share_of
 from ..tenants.tenant import Caller
+from ..usage.counts import NOTHING, Consumer, Counts
 from .answers import CachedTokens, Usage
 from .choice import Choice, ChoiceDelta, ScoredToken, stream_choice
 from .errors import InvalidRequest
@@ -43,6 +45,7 @@ class Job:
         prompts: One or more.
         choices: Candidates, as many for each prompt, in order.
         answers_per_prompt: How many of these the client gets, ``n``.
+        record: What is known of how it goes.
         created: Unix time.
     """
 
@@ -51,6 +54,7 @@ class Job:
     prompts: list[TokenPrompt]
     choices: list[Choice]
     answers_per_prompt: int
+    record: RequestRecord
     created: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -154,7 +158,24 @@ def make_job(
             choices.append(
                 Choice(len(choices), prompt, request, tuple(body.stop), skips, body.num_logprobs)
             )
-    return Job(job_id, chosen, prompts, choices, body.n)
+    record = RequestRecord(_consumer(chosen.caller, [], state), _asked(job_id, body))
+    return Job(job_id, chosen, prompts, choices, body.n, record)
+
+
+def _asked(job_id: str, body: GenerationBody) -> Asked:
+    operation = "chat" if job_id.startswith("chat") else "text_completion"
+    sampling = (body.temperature, body.top_p)
+    return Asked(job_id, operation, body.stream, body.n, body.token_limit, *sampling)
+
+
+def _consumer(caller: Caller, adapters: Sequence[Leased], state: AppState) -> Consumer:
+    return Consumer(
+        state.model_name,
+        caller.tenant.name if caller.tenant else "",
+        caller.key_id,
+        "+".join(each.name for each in adapters),
+        "+".join(each.digest for each in adapters),
+    )
 
 
 async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]:
@@ -167,7 +188,9 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
         ApiError: As ``stream_choice``.
     """
     async with state.registry.leases.lease(job.chosen) as adapters:
-        streams = [stream(adapters, state) for stream in _streams(job)]
+        job.record.consumer = _consumer(job.caller, adapters, state)
+        uses = [each.use for each in adapters]
+        streams = [stream(uses, job.record, state) for stream in _streams(job)]
         async with aclosing(merge(streams)) as merged:
             async for delta in merged:
                 yield delta
@@ -238,16 +261,15 @@ class Gathered:
 
 
 async def gather(
-    job: Job, source: AsyncGenerator[ChoiceDelta, None]
-) -> tuple[list[Gathered], Usage]:
-    """Every answer whole, by index, and what all candidates took."""
+    job: Job, source: AsyncGenerator[ChoiceDelta, None], tally: "Tally"
+) -> list[Gathered]:
+    """Every answer whole, by index; ``tally`` counts what all candidates take."""
     gathered = [Gathered(choice.index) for choice in job.choices]
-    tally = Tally(job.prompts, job.choices_per_prompt)
     async with aclosing(source):
         async for delta in source:
             gathered[delta.index].add(delta)
             tally.add(delta)
-    return best_answers(gathered, job.choices_per_prompt, job.answers_per_prompt), tally.usage()
+    return best_answers(gathered, job.choices_per_prompt, job.answers_per_prompt)
 
 
 class Tally:
@@ -275,3 +297,10 @@ class Tally:
             total_tokens=self._prompt_tokens + self._completion_tokens,
             prompt_tokens_details=CachedTokens(sum(self._cached)),
         )
+
+    def counts(self) -> Counts:
+        """The same as the ledger has it: nothing, until a request has got something."""
+        if not self._completion_tokens:
+            return NOTHING
+        cached = sum(self._cached)
+        return Counts(1, self._prompt_tokens, cached, self._completion_tokens)

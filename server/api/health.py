@@ -35,12 +35,6 @@ async def show_version() -> dict[str, str]:
     return {"version": version("deltamux")}
 
 
-@router.get("/v1/usage")
-async def usage() -> None:
-    """Refused: usage is counted per tenant, and there are none yet."""
-    raise NotServed("Usage is counted per tenant, and tenants are not served yet.")
-
-
 @router.post("/v1/embeddings")
 async def embeddings() -> None:
     """Refused: the bases that are served write text, and were not made to embed it."""

@@ -144,6 +144,25 @@ _ADAPTER = {
     "versions": [{"digest": _DIGEST, "default": True, "state": "on_device"}],
 }
 
+_AMOUNTS = {
+    "requests": 3,
+    "prompt_tokens": 120,
+    "cached_tokens": 32,
+    "completion_tokens": 45,
+    "undelivered_prompt_tokens": 0,
+    "undelivered_completion_tokens": 0,
+    "total_tokens": 165,
+}
+_CONSUMER = {
+    "day": "2026-01-01",
+    "base": "smollm2",
+    "tenant": "acme",
+    "key_id": "3f2a91c03f2a91c0",
+    "adapter": "pirate",
+    "digest": "3f2a91c0" * 8,
+}
+_USED = {"object": "usage", "data": [{**_CONSUMER, **_AMOUNTS}], "total": _AMOUNTS}
+
 DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("post", "/v1/completions"): RouteDoc(
         _COMPLETION,
@@ -221,7 +240,7 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("get", "/health"): RouteDoc({"status": "ok"}, needs_key=False),
     ("get", "/ready"): RouteDoc({"status": "ready"}, (503,), needs_key=False),
     ("get", "/version"): RouteDoc({"version": "0.1.0"}, needs_key=False),
-    ("get", "/v1/usage"): RouteDoc(None, (501,)),
+    ("get", "/v1/usage"): RouteDoc(_USED, (400, 403)),
     ("post", "/v1/embeddings"): RouteDoc(None, (501,)),
     ("get", "/metrics"): RouteDoc("vllm:num_requests_running 2.0", (403,), media="text/plain"),
 }

@@ -11,8 +11,11 @@ from starlette.responses import Response
 from .answers import Usage
 from .choice import ChoiceDelta
 from .generate import Gathered, Job, Tally, gather
+from .meter import Meter
+from .observe import note
 from .protocol import GenerationBody, StreamOptions
 from .sse import EventStream, while_connected
+from .state import AppState
 
 
 class Format(Protocol):
@@ -37,6 +40,7 @@ class Format(Protocol):
 
 async def respond(
     request: Request,
+    state: AppState,
     body: GenerationBody,
     job: Job,
     source: AsyncGenerator[ChoiceDelta, None],
@@ -47,12 +51,17 @@ async def respond(
     A stream's headers wait for the first delta, so that an engine that is down or full still
     answers with its own status.
     """
+    note(request.scope, job.record)
+    meter = Meter(job, state.ledger)
     if not body.stream:
-        choices, usage = await while_connected(request.receive, gather(job, source))
-        return json_response(form.whole(choices, usage))
+        with meter.counting():
+            work = gather(job, source, meter.tally)
+            choices = await while_connected(request.receive, work)
+            await meter.sending()
+        return json_response(form.whole(choices, meter.tally.usage()))
     first = await while_connected(request.receive, anext(source))
     options = body.stream_options or StreamOptions()
-    return EventStream(_chunks(first, source, job, form, options))
+    return EventStream(_chunks(first, source, meter, form, options))
 
 
 def json_response(answer: msgspec.Struct) -> Response:
@@ -63,19 +72,22 @@ def json_response(answer: msgspec.Struct) -> Response:
 async def _chunks(
     first: ChoiceDelta,
     rest: AsyncGenerator[ChoiceDelta, None],
-    job: Job,
+    meter: Meter,
     form: Format,
     options: StreamOptions,
 ) -> AsyncGenerator[msgspec.Struct, None]:
-    tally = Tally(job.prompts, job.choices_per_prompt)
+    tally = meter.tally
     async with aclosing(rest):
-        for chunk in form.opening():
-            yield chunk
-        tally.add(first)
-        yield form.chunk(first, _usage_of_chunk(tally, options))
-        async for delta in rest:
-            tally.add(delta)
-            yield form.chunk(delta, _usage_of_chunk(tally, options))
+        with meter.counting():
+            for chunk in form.opening():
+                yield chunk
+            tally.add(first)
+            await meter.sending()
+            yield form.chunk(first, _usage_of_chunk(tally, options))
+            async for delta in rest:
+                tally.add(delta)
+                await meter.sending()
+                yield form.chunk(delta, _usage_of_chunk(tally, options))
     if options.include_usage:
         yield form.closing(tally.usage())
 

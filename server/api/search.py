@@ -9,6 +9,7 @@ import msgspec
 
 from ..engine.errors import EngineDied
 from ..generation import AdapterWeight, BeamAnswer, FinishReason, SequenceUpdate
+from ..metrics.request import RequestRecord
 from .choice import Choice, ChoiceDelta, ChoiceText
 from .state import AppState
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 async def stream_beams(
-    choices: Sequence[Choice], adapters: list[AdapterWeight], state: AppState
+    choices: Sequence[Choice],
+    adapters: list[AdapterWeight],
+    record: RequestRecord,
+    state: AppState,
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Search for the answers of one prompt, all of which come at the end.
 
@@ -27,8 +31,8 @@ async def stream_beams(
     """
     request = msgspec.structs.replace(choices[0].request, adapters=adapters)
     with state.metrics.sequence(
-        [each.adapter_id for each in adapters], len(request.prompt_token_ids)
-    ) as record:
+        record, [each.adapter_id for each in adapters], len(request.prompt_token_ids)
+    ) as sequence:
         last: SequenceUpdate | None = None
         async with aclosing(state.engine.generate(request)) as updates:
             async for last in updates:
@@ -38,8 +42,8 @@ async def stream_beams(
             raise EngineDied("The engine ended a request without a reason.")
         shown = [_delta(choice, place, last, state) for place, choice in enumerate(choices)]
         deltas = [each for each in shown if each is not None]
-        record.tokens(sum(len(each.token_ids) for each in deltas))
-        record.finish(last.finish_reason.value)
+        sequence.tokens(sum(len(each.token_ids) for each in deltas), last.scheduled)
+        sequence.finish(last.finish_reason.value)
     for delta in deltas:
         yield delta
 

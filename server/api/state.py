@@ -10,13 +10,15 @@ from fastapi import Depends, Request
 from ..engine.errors import EngineUnavailable
 from ..engine.messages import EngineInfo
 from ..grammar.check import GrammarCheck
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
 from ..tenants.admin import TenantAdmin
 from ..tenants.directory import TenantDirectory
 from ..text.tokenizer import Tokenizer
 from ..tools.formats import ToolFormat
+from ..tracing import RequestTracer
+from ..usage.ledger import Ledger
 from .engine_port import EnginePort
 
 _POLICY = SourcePolicy()
@@ -49,12 +51,14 @@ class AppState:
         tokenizer: Of the base model.
         registry: The adapters.
         metrics: What ``/metrics`` shows.
+        ledger: What was used.
         check_grammar: Says whether the engine will take a grammar.
         tool_format: How the base writes tool calls; None if it was taught no format that is known.
         tenant_admin: Manages tenants.
         model_root: Where the base came from, for ``/v1/models``.
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
+        tracer: Where traces of requests go; None for nowhere.
         created: Unix time the server started.
         started: Set once the adapters named at start are loaded.
     """
@@ -63,12 +67,14 @@ class AppState:
     tokenizer: Tokenizer
     registry: AdapterRegistry
     metrics: Metrics
+    ledger: Ledger
     check_grammar: GrammarCheck
     tool_format: ToolFormat | None
     tenant_admin: TenantAdmin
     model_root: str
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY
+    tracer: RequestTracer | None = None
     created: int = field(default_factory=lambda: int(time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)
 

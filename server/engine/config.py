@@ -23,6 +23,7 @@ class EngineConfig:
         host_memory_budget: Bytes of host memory for lowered adapters.
         cuda_graphs: Whether decode steps on a GPU are captured and replayed.
         prefix_caching: Whether computed blocks are shared by later sequences.
+        log_format: ``text`` or ``json``.
     """
 
     model_folder: str
@@ -37,3 +38,4 @@ class EngineConfig:
     host_memory_budget: int
     prefix_caching: bool
     cuda_graphs: bool = True
+    log_format: str = "text"

@@ -8,6 +8,9 @@ requests of several adapters gather them in turns.
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+
+from msgspec import structs
 
 from ...adapters.device.pool import Placement
 from ...adapters.device.residency import Residency
@@ -21,6 +24,7 @@ from ..grammar.matcher import Matcher
 from ..runner.runner import Runner
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.errors import SequenceRefused
+from ..scheduler.plan import StepPlan
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
 from .composition import composable, use_adapters
@@ -67,12 +71,16 @@ class _Live:
         holding: Whether it keeps its adapters in host memory, or has them loaded.
         missing: Of these, the ones that are not there yet.
         matcher: Follows its output, once its grammar has been compiled.
+        scheduled: When it was part of a step for the first time, until that is reported.
+        was_scheduled: Whether it was part of one.
     """
 
     request: GenerationRequest
     holding: bool = False
     missing: set[int] = field(default_factory=set)
     matcher: Matcher | None = None
+    scheduled: float | None = None
+    was_scheduled: bool = False
 
 
 class Engine:
@@ -148,6 +156,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if not (plan.scheduled or plan.unservable):
             raise RuntimeError("the scheduler has work but planned none")
+        self._note_scheduled(plan)
         results = self._runner.run(plan) if plan.scheduled else []
         for update in self._scheduler.commit(plan, results):
             self._report(update)
@@ -254,7 +263,18 @@ class Engine:
         self._scheduler.abort(request_id)
         self._forget(request_id)
 
+    def _note_scheduled(self, plan: StepPlan) -> None:
+        now = monotonic()
+        for item in plan.scheduled:
+            live = self._live[item.sequence.request.request_id]
+            if not live.was_scheduled:
+                live.scheduled, live.was_scheduled = now, True
+
     def _report(self, update: SequenceUpdate) -> None:
+        live = self._live[update.request_id]
+        if live.scheduled is not None:
+            update = structs.replace(update, scheduled=live.scheduled)
+            live.scheduled = None
         self._updates.append(update)
         if update.finish_reason is not None:
             self._forget(update.request_id)

@@ -12,6 +12,7 @@ import signal
 import msgspec
 import zmq
 
+from ..logs import configure
 from ..model.errors import ModelError
 from .config import EngineConfig
 from .errors import EngineMisconfigured
@@ -42,7 +43,7 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
         # Read when triton is imported, by which its functions become interpreted ones for good.
         os.environ["TRITON_INTERPRET"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    configure(config.log_format)
     context = zmq.Context()
     commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     commands.connect(command_url)

@@ -94,3 +94,29 @@ tenant_keys = Table(
 created: Unix time.
 expires: Unix time from which it is refused, null for never.
 """
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("day", String, primary_key=True),
+    Column("base", String, primary_key=True),
+    Column("tenant", String, primary_key=True),
+    Column("key_id", String, primary_key=True),
+    Column("adapter", String, primary_key=True),
+    Column("digest", String, primary_key=True),
+    Column("requests", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("undelivered_prompt_tokens", Integer, nullable=False),
+    Column("undelivered_completion_tokens", Integer, nullable=False),
+)
+"""Sums of usage, as ``usage/counts.py`` explains them; ``day`` as 2026-01-31, in UTC."""
+
+usage_journal = Table(
+    "usage_journal",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("last_record", Integer, nullable=False),
+)
+"""One row: the last record of the journal that is part of the sums."""

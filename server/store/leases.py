@@ -41,6 +41,28 @@ class Selected:
     weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """An adapter that a request runs on.
+
+    Attributes:
+        adapter_id: What the engine calls it.
+        weight: What its corrections are multiplied by.
+        name: What it is registered as.
+        digest: Of the version that it is.
+    """
+
+    adapter_id: int
+    weight: float
+    name: str
+    digest: str
+
+    @property
+    def use(self) -> AdapterWeight:
+        """As the engine is told of it."""
+        return AdapterWeight(self.adapter_id, self.weight)
+
+
 class Leases:
     """Who uses which content; belongs to the event loop's thread.
 
@@ -108,7 +130,7 @@ class Leases:
         return [] if alone is None else [(alone, 1.0)]
 
     @asynccontextmanager
-    async def lease(self, choice: ModelChoice) -> AsyncIterator[list[AdapterWeight]]:
+    async def lease(self, choice: ModelChoice) -> AsyncIterator[list[Leased]]:
         """The adapters a request means, known to the engine and kept while the block runs.
 
         Waits for those that the engine has to be told of, and for nothing else.
@@ -124,8 +146,11 @@ class Leases:
         self._held.update(digests)
         try:
             leased = [
-                AdapterWeight(
-                    await self._residents.ensure(each.version, each.adapter.name), each.weight
+                Leased(
+                    await self._residents.ensure(each.version, each.adapter.name),
+                    each.weight,
+                    each.adapter.name,
+                    each.version.digest,
                 )
                 for each in selected
             ]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import uvicorn
@@ -31,7 +32,7 @@ from deltamux.server.generation import (
 )
 from deltamux.server.grammar.check import GrammarCheck
 from deltamux.server.grammar.vocabulary import VocabularySource
-from deltamux.server.metrics import Metrics
+from deltamux.server.metrics.metrics import Metrics
 from deltamux.server.state.database import open_database
 from deltamux.server.store.registry import AdapterRegistry
 from deltamux.server.store.sources import SourcePolicy
@@ -40,6 +41,9 @@ from deltamux.server.tenants.directory import Account, TenantDirectory
 from deltamux.server.tenants.records import TenantRecords
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.formats import format_of
+from deltamux.server.tracing import RequestTracer
+from deltamux.server.usage.ledger import Ledger
+from deltamux.server.usage.records import UsageRecords
 
 from .fake_store import label_of, make_registry
 
@@ -147,6 +151,7 @@ class FakeEngine:
                 token_ids=chunk,
                 logprobs=self._logprobs(chunk, sampling.logprobs),
                 num_cached_tokens=2,
+                scheduled=monotonic() if chunk is chunks[0] else None,
                 finish_reason=self._reason(stopped) if last else None,
                 stop_token_id=token_ids[-1] if stopped and last else None,
             )
@@ -219,8 +224,10 @@ def make_state(
     engine: FakeEngine,
     registry: AdapterRegistry,
     tenants: TenantAdmin,
+    ledger: Ledger,
     limits: Limits,
     policy: SourcePolicy,
+    tracer: RequestTracer | None = None,
 ) -> AppState:
     check = GrammarCheck(VocabularySource.of(engine.tokenizer, engine.tokenizer.vocab_size))
     metrics = Metrics(BASE)
@@ -230,12 +237,14 @@ def make_state(
         engine.tokenizer,
         registry,
         metrics,
+        ledger,
         check,
         tools,
         tenants,
         "some/folder",
         limits,
         policy,
+        tracer=tracer,
     )
     state.started.set()
     return state
@@ -247,6 +256,7 @@ def serving(
     limits: Limits | None = None,
     policy: SourcePolicy | None = None,
     accounts: list[Account] | None = None,
+    tracer: RequestTracer | None = None,
     **store: Any,
 ) -> Iterator[Running]:
     """A real uvicorn on a free loopback port, in a thread, with a state folder of its own.
@@ -264,7 +274,9 @@ def serving(
         tenants = TenantAdmin(TenantRecords(database), TenantDirectory())
         if accounts is not None:
             tenants.directory.use_file(accounts)
-        state = make_state(engine, registry, tenants, limits or Limits(), policy or SourcePolicy())
+        ledger = Ledger(Path(state_dir) / "usage", UsageRecords(database))
+        limits, policy = limits or Limits(), policy or SourcePolicy()
+        state = make_state(engine, registry, tenants, ledger, limits, policy, tracer)
         config = uvicorn.Config(create_app(state), log_config=None, lifespan="off", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
