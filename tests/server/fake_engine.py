@@ -257,24 +257,25 @@ def serving(
     policy: SourcePolicy | None = None,
     accounts: list[Account] | None = None,
     tracer: RequestTracer | None = None,
+    state_dir: Path | None = None,
     **store: Any,
 ) -> Iterator[Running]:
-    """A real uvicorn on a free loopback port, in a thread, with a state folder of its own.
+    """A real uvicorn on a free loopback port, in a thread; without ``state_dir``, on an empty one.
 
     ``accounts`` are those of a tenants file. The socket listens before the thread starts, so
     clients may connect at once.
     """
     engine = FakeEngine(tokenizer)
     with (
-        TemporaryDirectory() as state_dir,
-        open_database(Path(state_dir)) as database,
+        TemporaryDirectory() as empty,
+        open_database(folder := state_dir or Path(empty)) as database,
         socket.create_server(("127.0.0.1", 0)) as listener,
     ):
-        registry = make_registry(database, Path(state_dir), engine, base=BASE, **store)
+        registry = make_registry(database, folder, engine, base=BASE, **store)
         tenants = TenantAdmin(TenantRecords(database), TenantDirectory())
         if accounts is not None:
             tenants.directory.use_file(accounts)
-        ledger = Ledger(Path(state_dir) / "usage", UsageRecords(database))
+        ledger = Ledger(folder / "usage", UsageRecords(database))
         limits, policy = limits or Limits(), policy or SourcePolicy()
         state = make_state(engine, registry, tenants, ledger, limits, policy, tracer)
         config = uvicorn.Config(create_app(state), log_config=None, lifespan="off", ws="none")
@@ -283,7 +284,7 @@ def serving(
         thread.start()
         try:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            yield Running(url, engine, state, Path(state_dir))
+            yield Running(url, engine, state, folder)
         finally:
             server.should_exit = True
             thread.join()

@@ -26,22 +26,30 @@ class RunningServer:
 
     def children(self) -> list[int]:
         """Process ids of the server's children."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        return [
-            int(child)
-            for task in tasks.iterdir()
-            for child in (task / "children").read_text().split()
-        ]
+        return children_of(self.process.pid)
 
     def engine_pid(self) -> int:
-        """Process id of the engine: multiprocessing started it, and it is not the judge."""
-        [pid] = [
-            child
-            for child in self.children()
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-            and Path(f"/proc/{child}/comm").read_text().strip() != PROCESS_NAME
-        ]
-        return pid
+        """Process id of the engine."""
+        return engine_of(self.process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of a server's children."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [
+        int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def engine_of(pid: int) -> int:
+    """Process id of a server's engine: multiprocessing started it, and it is not the judge."""
+    [engine] = [
+        child
+        for child in children_of(pid)
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        and Path(f"/proc/{child}/comm").read_text().strip() != PROCESS_NAME
+    ]
+    return engine
 
 
 @contextmanager

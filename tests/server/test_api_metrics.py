@@ -1,6 +1,7 @@
 """What ``/metrics`` shows, parsed by the Prometheus client's own parser."""
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltamux.server.engine.errors import EngineDied
@@ -56,6 +57,53 @@ def test_requests_are_counted(server, tokenizer):
     assert value(samples, "inter_token_latency_seconds_count") == usage["completion_tokens"] - 2
     assert value(samples, "request_prompt_tokens_sum") == 3 * prompt
     assert value(samples, "request_generation_tokens_sum") == usage["completion_tokens"] + 1
+
+
+def test_where_a_requests_time_goes(server):
+    """Queue, prefill and decode are parts of the whole, from the moment the engine tells."""
+    complete(server, n=2)
+    samples = scrape(server)
+    names = ("queue", "prefill", "decode")
+    for name in names:
+        assert value(samples, f"request_{name}_time_seconds_count") == 2
+    parts = sum(value(samples, f"request_{name}_time_seconds_sum") for name in names)
+    assert 0 < parts <= value(samples, "e2e_request_latency_seconds_sum")
+    first = sum(value(samples, f"request_{name}_time_seconds_sum") for name in names[:2])
+    assert first == pytest.approx(value(samples, "time_to_first_token_seconds_sum"))
+
+
+def by_name(samples, kind: str, name: str) -> dict[str, float]:
+    return {
+        dict(labels)[kind]: number
+        for (found, labels), number in samples.items()
+        if found == f"deltamux:{kind}_{name}"
+    }
+
+
+def test_tenants_and_adapters_have_series_of_their_own(server, tokenizer):
+    load(server, "poet")
+    tokens = complete(server, "poet").json()["usage"]["completion_tokens"]
+    complete(server, max_tokens=1)
+    samples = scrape(server)
+    prompt = len(tokenizer.encode("one two"))
+    assert by_name(samples, "adapter", "requests_total") == {"(other)": 0, "base": 1, "poet": 1}
+    assert by_name(samples, "adapter", "prompt_tokens_total")["poet"] == prompt
+    assert by_name(samples, "adapter", "generation_tokens_total")["poet"] == tokens
+    assert by_name(samples, "adapter", "time_to_first_token_seconds_count")["base"] == 1
+    assert by_name(samples, "tenant", "requests_total") == {"(other)": 0, "(none)": 2}
+    assert by_name(samples, "tenant", "generation_tokens_total")["(none)"] == tokens + 1
+
+
+def test_answers_are_counted_by_status(server):
+    complete(server)
+    complete(server, "nope")
+    complete(server, "nope")
+    found = {
+        dict(labels)["status"]: number
+        for (name, labels), number in scrape(server).items()
+        if name == "deltamux:http_responses_total"
+    }
+    assert found == {"200": 1, "404": 2}
 
 
 def test_a_stop_string_is_a_stop_and_a_death_an_error(server):
