@@ -204,9 +204,9 @@ def key(text: str) -> Key:
 
 def serve_for_ever(state_dir: Path) -> None:
     """The child: a scripted engine behind the real HTTP application."""
-    with serving(byte_level_tokenizer(), state_dir=state_dir) as running:
+    users = accounts(Rounds(0).clients)
+    with serving(byte_level_tokenizer(), accounts=users, state_dir=state_dir) as running:
         running.engine.reply = lambda _: "the quick brown fox jumps over the lazy dog " * 9
-        running.state.tenants.use_file(accounts(Rounds(0).clients))
         sys.stdout.write(running.url + "\n")
         sys.stdout.flush()
         threading.Event().wait()
