@@ -6,8 +6,8 @@ received: for the last update of the one request it had open, and for nothing el
 token of a stream, with the prompt if it was the first one, and all of an answer that is not
 streamed. A tenant with no request open has exactly what it received.
 
-    python -m tests.server.usage_rounds 100          # kills of the HTTP process, a scripted engine
-    python -m tests.server.usage_rounds 100 MODEL    # of either process of `deltamux serve MODEL`
+    python -m tests.server.usage_rounds scripted 100    # the HTTP process, with a scripted engine
+    python -m tests.server.usage_rounds real 100        # either process of `deltamux serve`
 """
 
 import json
@@ -31,6 +31,7 @@ from deltamux.server.tenants.directory import Account, Key
 from deltamux.server.tenants.keys import hash_key
 from deltamux.server.tenants.tenant import Role, Tenant
 
+from ..tiny_models import make_tiny
 from .fake_engine import byte_level_tokenizer, serving
 from .running import engine_of, running_server
 from .siege import eventually
@@ -249,14 +250,15 @@ def real(model: Path | str, folder: Path) -> Iterator[Target]:
         yield Target(server.url, server.process.pid, server.engine_pid())
 
 
-def run_real(kills: int, seed: int, model: Path | str) -> Rounds:
+def run_real(kills: int, seed: int) -> Rounds:
     """Kill one of the two processes so many times; only the HTTP process may owe an update."""
     rounds, rng = Rounds(seed), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
+        model = make_tiny("llama", Path(name) / "model")
         while rounds.kills < kills:
             with real(model, Path(name)) as target:
                 rounds.check(target)
-                while rounds.kills < kills - 1 and rng.random() < 0.5:
+                while rounds.kills < kills - 1 and rng.random() < 0.6:
                     kill_engine(rounds, target, rng.uniform(0.1, 1.0))
                     target = replaced(target)
                 rounds.under_load(target, target.http, rng.uniform(0.1, 1.0))
@@ -280,12 +282,14 @@ def replaced(target: Target) -> Target:
     return Target(target.url, target.http, engine_of(target.http))
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[0] == "--child":
-        serve_for_ever(Path(arguments[1]))
+RUNS = {"scripted": run_scripted, "real": run_real}
+
+
+def main(what: str, argument: str) -> None:
+    if what == "--child":
+        serve_for_ever(Path(argument))
         return
-    kills, seed = int(arguments[0]), int(os.environ.get("SEED", "1"))
-    rounds = run_real(kills, seed, arguments[1]) if arguments[1:] else run_scripted(kills, seed)
+    rounds = RUNS[what](int(argument), int(os.environ.get("SEED", "1")))
     sys.stdout.write(
         f"{rounds.kills} kills, received {rounds.received()}, of which charged for updates that "
         f"were killed before they were sent: {rounds.surplus}\n"
@@ -293,4 +297,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
