@@ -32,7 +32,7 @@ class Meter:
             new = self._new()
             if new != NOTHING:
                 lost = Counts(
-                    requests=new.requests,
+                    undelivered_requests=new.requests,
                     undelivered_prompt_tokens=new.prompt_tokens,
                     undelivered_completion_tokens=new.completion_tokens,
                 )

@@ -149,6 +149,7 @@ _AMOUNTS = {
     "prompt_tokens": 120,
     "cached_tokens": 32,
     "completion_tokens": 45,
+    "undelivered_requests": 0,
     "undelivered_prompt_tokens": 0,
     "undelivered_completion_tokens": 0,
     "total_tokens": 165,

@@ -108,6 +108,7 @@ usage = Table(
     Column("prompt_tokens", Integer, nullable=False),
     Column("cached_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
+    Column("undelivered_requests", Integer, nullable=False),
     Column("undelivered_prompt_tokens", Integer, nullable=False),
     Column("undelivered_completion_tokens", Integer, nullable=False),
 )

@@ -25,19 +25,21 @@ class Counts(msgspec.Struct, frozen=True, array_like=True):
     """Amounts that add up.
 
     Attributes:
-        requests: Those that got, or were to get, at least one token.
-        prompt_tokens: Of requests whose answer, or the beginning of it, was sent.
+        requests: Those whose answer, or the beginning of it, was sent.
+        prompt_tokens: Theirs.
         cached_tokens: Of these, taken from the prefix cache.
         completion_tokens: Generated and sent.
-        undelivered_prompt_tokens: Of requests of which nothing was sent: they failed, or the
-            client went away, before their whole answer was there.
-        undelivered_completion_tokens: Generated for these.
+        undelivered_requests: Those that failed, or whose client went away, before their whole
+            answer was there, so that nothing was sent.
+        undelivered_prompt_tokens: Theirs.
+        undelivered_completion_tokens: Generated for them.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    undelivered_requests: int = 0
     undelivered_prompt_tokens: int = 0
     undelivered_completion_tokens: int = 0
 
@@ -48,6 +50,7 @@ class Counts(msgspec.Struct, frozen=True, array_like=True):
             self.prompt_tokens + other.prompt_tokens,
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.undelivered_requests + other.undelivered_requests,
             self.undelivered_prompt_tokens + other.undelivered_prompt_tokens,
             self.undelivered_completion_tokens + other.undelivered_completion_tokens,
         )
@@ -59,6 +62,7 @@ class Counts(msgspec.Struct, frozen=True, array_like=True):
             self.prompt_tokens - other.prompt_tokens,
             self.cached_tokens - other.cached_tokens,
             self.completion_tokens - other.completion_tokens,
+            self.undelivered_requests - other.undelivered_requests,
             self.undelivered_prompt_tokens - other.undelivered_prompt_tokens,
             self.undelivered_completion_tokens - other.undelivered_completion_tokens,
         )

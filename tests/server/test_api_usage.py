@@ -183,7 +183,8 @@ def test_what_fails_or_is_left_counts_as_far_as_it_came(shared):
     streamed = httpx.post(url, json={**body, "stream": True}, headers=bearer("bob"))
     assert streamed.text.count('"text"') == 2
     lost = used(shared, "ann")["total"]
-    assert (lost["requests"], lost["prompt_tokens"], lost["completion_tokens"]) == (1, 0, 0)
+    assert (lost["requests"], lost["prompt_tokens"], lost["completion_tokens"]) == (0, 0, 0)
+    assert lost["undelivered_requests"] == 1
     assert lost["undelivered_prompt_tokens"] == prompt
     assert lost["undelivered_completion_tokens"] == 2
     sent = used(shared, "bob")["total"]

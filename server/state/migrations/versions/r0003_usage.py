@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", sa.Integer, nullable=False),
         sa.Column("cached_tokens", sa.Integer, nullable=False),
         sa.Column("completion_tokens", sa.Integer, nullable=False),
+        sa.Column("undelivered_requests", sa.Integer, nullable=False),
         sa.Column("undelivered_prompt_tokens", sa.Integer, nullable=False),
         sa.Column("undelivered_completion_tokens", sa.Integer, nullable=False),
     )
