@@ -53,7 +53,7 @@ def sockets() -> Iterator[Path]:
 def server(model, adapters, sockets, tmp_path) -> Iterator[RunningServer]:
     options = [f"--adapter={name}={path}" for name, path in adapters.items()]
     options += ["--served-model-name", "base", "--memory-budget", "16MiB", "--dtype", "float32"]
-    options += ["--kernels", "auto"]
+    options += ["--kernels", "auto", "--log-format", "json"]
     env = {"OMP_NUM_THREADS": "1", "TMPDIR": str(sockets)}
     with running_server(model, *options, log=tmp_path / "log", **env) as running:
         yield running
@@ -80,9 +80,10 @@ def models(server: RunningServer) -> list[dict]:
     return httpx.get(f"{server.openai_url}/models").json()["data"]
 
 
-def test_a_crash_of_the_engine_and_a_signal_to_stop(server, client, sockets):
+def test_a_crash_of_the_engine_and_a_signal_to_stop(server, client, sockets, tmp_path):
     kill_engine(server, client)
     stop_with_open_streams(server, client, sockets)
+    check_log(tmp_path / "log")
 
 
 def kill_engine(server: RunningServer, client: openai.OpenAI) -> None:
@@ -136,6 +137,15 @@ def stop_with_open_streams(server: RunningServer, client: openai.OpenAI, sockets
     assert server.process.wait(timeout=15) == 0
     eventually(lambda: not any(map(is_alive, pids)), lambda: list(filter(is_alive, pids)))
     assert list(sockets.glob("deltamux-*")) == []
+
+
+def check_log(log: Path) -> None:
+    """Both processes write JSON; what the engine knows of a request is in its line."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    access = [line for line in lines if line["logger"] == "deltamux.access"]
+    [*_, answered] = [line for line in access if line.get("finish_reasons") == "length"]
+    assert 0 < answered["queue_seconds"] < answered["first_token_seconds"] < answered["seconds"]
+    assert (answered["model"], answered["completion_tokens"]) == ("two", 20)
 
 
 def is_alive(pid: int) -> bool:
