@@ -73,12 +73,14 @@ class Client:
     now: Amounts = NOTHING
     """What the open request was told to have taken so far."""
     open: dict | None = None
+    updates: threading.Semaphore = field(default_factory=threading.Semaphore)
+    """Released whenever a client is told something; all share one."""
 
     @property
     def key(self) -> str:
         return f"key-of-{self.name}"
 
-    def work(self, url: str, over: threading.Event, seed: int) -> None:
+    def work(self, url: str, over: threading.Event, seed: float) -> None:
         """Ask until ``over``; a request that breaks off stays open in the book."""
         rng = random.Random(seed)
         headers = {"Authorization": f"Bearer {self.key}"}
@@ -111,11 +113,13 @@ class Client:
                 event = line.removeprefix("data: ")
                 if event not in ("", "[DONE]") and "usage" in (chunk := json.loads(event)):
                     self.now = told(chunk["usage"])
+                    self.updates.release()
 
     def whole(self, client: httpx.Client, body: dict) -> None:
         answer = client.post("/v1/completions", json=body)
         if answer.status_code == 200:
             self.now = told(answer.json()["usage"])
+            self.updates.release()
 
     def check(self, ledger: Amounts) -> Amounts:
         """Compare the ledger with the book, which then becomes certain of it; the surplus."""
@@ -161,24 +165,23 @@ class Target:
 class Rounds:
     """Many kills of one server's processes, and what came of them."""
 
-    seed: int
-    clients: list[Client] = field(
-        default_factory=lambda: [Client(f"tenant-{number}") for number in range(CLIENTS)]
-    )
+    rng: random.Random
+    clients: list[Client]
     kills: int = 0
     surplus: Amounts = NOTHING
 
-    def under_load(self, target: Target, victim: int, seconds: float) -> None:
-        """Kill one process while all clients ask."""
+    def under_load(self, target: Target, victim: int) -> None:
+        """Kill one process while all clients ask, at a random update, and a random time after it."""
         over = threading.Event()
         workers = [
-            threading.Thread(target=client.work, args=(target.url, over, self.seed + 97 * number))
-            for number, client in enumerate(self.clients)
+            threading.Thread(target=client.work, args=(target.url, over, self.rng.random()))
+            for client in self.clients
         ]
-        self.seed += 1
         for worker in workers:
             worker.start()
-        time.sleep(seconds)  # the moment of the kill is the point of the test
+        for _ in range(self.rng.randrange(1, 400)):
+            assert self.clients[0].updates.acquire(timeout=60), "the server tells nothing"
+        time.sleep(self.rng.uniform(0, 0.02))  # the moment of the kill is the point of the test
         os.kill(victim, signal.SIGKILL)
         over.set()
         for worker in workers:
@@ -194,6 +197,12 @@ class Rounds:
         return sum((client.received for client in self.clients), NOTHING)
 
 
+def make_rounds(seed: int) -> Rounds:
+    updates = threading.Semaphore(0)
+    clients = [Client(f"tenant-{number}", updates=updates) for number in range(CLIENTS)]
+    return Rounds(random.Random(seed), clients)
+
+
 def accounts(clients: list[Client]) -> list[Account]:
     users = [Account(Tenant(each.name), Role.USER, (key(each.key),)) for each in clients]
     return [*users, Account(Tenant("root"), Role.ADMIN, (key(ADMIN),))]
@@ -205,7 +214,7 @@ def key(text: str) -> Key:
 
 def serve_for_ever(state_dir: Path) -> None:
     """The child: a scripted engine behind the real HTTP application."""
-    users = accounts(Rounds(0).clients)
+    users = accounts(make_rounds(0).clients)
     with serving(byte_level_tokenizer(), accounts=users, state_dir=state_dir) as running:
         running.engine.reply = lambda _: "the quick brown fox jumps over the lazy dog " * 9
         sys.stdout.write(running.url + "\n")
@@ -226,14 +235,14 @@ def scripted(state_dir: Path) -> Iterator[Target]:
 
 def run_scripted(kills: int, seed: int) -> Rounds:
     """Kill the HTTP process so many times."""
-    rounds, rng = Rounds(seed), random.Random(seed)
+    rounds = make_rounds(seed)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(kills + 1):
             with scripted(Path(folder)) as target:
                 if number:
                     rounds.check(target)
                 if number < kills:
-                    rounds.under_load(target, target.http, rng.uniform(0.05, 0.5))
+                    rounds.under_load(target, target.http)
     return rounds
 
 
@@ -241,7 +250,7 @@ def run_scripted(kills: int, seed: int) -> Rounds:
 def real(model: Path | str, folder: Path) -> Iterator[Target]:
     """``deltamux serve`` with the tenants of the clients."""
     file = folder / "tenants.yaml"
-    clients = Rounds(0).clients
+    clients = make_rounds(0).clients
     tenants = [{"name": each.name, "keys": [hash_key(each.key)]} for each in clients]
     file.write_text(yaml.safe_dump({"admin_keys": [hash_key(ADMIN)], "tenants": tenants}))
     options = ["--served-model-name", "base", "--tenants", str(file), "--memory-budget", "64MiB"]
@@ -252,24 +261,24 @@ def real(model: Path | str, folder: Path) -> Iterator[Target]:
 
 def run_real(kills: int, seed: int) -> Rounds:
     """Kill one of the two processes so many times; only the HTTP process may owe an update."""
-    rounds, rng = Rounds(seed), random.Random(seed)
+    rounds = make_rounds(seed)
     with tempfile.TemporaryDirectory() as name:
         model = make_tiny("llama", Path(name) / "model")
         while rounds.kills < kills:
             with real(model, Path(name)) as target:
                 rounds.check(target)
-                while rounds.kills < kills - 1 and rng.random() < 0.6:
-                    kill_engine(rounds, target, rng.uniform(0.1, 1.0))
+                while rounds.kills < kills - 1 and rounds.rng.random() < 0.6:
+                    kill_engine(rounds, target)
                     target = replaced(target)
-                rounds.under_load(target, target.http, rng.uniform(0.1, 1.0))
+                rounds.under_load(target, target.http)
         with real(model, Path(name)) as target:
             rounds.check(target)
     return rounds
 
 
-def kill_engine(rounds: Rounds, target: Target, seconds: float) -> None:
+def kill_engine(rounds: Rounds, target: Target) -> None:
     """Every client learns how its request ended, so that nobody may be charged for more."""
-    rounds.under_load(target, target.engine, seconds)
+    rounds.under_load(target, target.engine)
     assert [client.open for client in rounds.clients] == [None] * CLIENTS
     before = rounds.surplus
     rounds.check(target)
