@@ -171,7 +171,7 @@ class Rounds:
     surplus: Amounts = NOTHING
 
     def under_load(self, target: Target, victim: int) -> None:
-        """Kill one process while all clients ask, at a random update, and a random time after it."""
+        """Kill one process while all clients ask, a random moment after a random update."""
         over = threading.Event()
         workers = [
             threading.Thread(target=client.work, args=(target.url, over, self.rng.random()))
