@@ -28,7 +28,7 @@ from .errors import InvalidRequest
 from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
-from .protocol import GenerationBody
+from .protocol import ChatBody, GenerationBody
 from .request_id import request_id
 from .sampling import check_token_ids, max_new_tokens, sampling_params
 from .search import best_answers, stream_beams
@@ -163,9 +163,15 @@ def make_job(
 
 
 def _asked(job_id: str, body: GenerationBody) -> Asked:
-    operation = "chat" if job_id.startswith("chat") else "text_completion"
-    sampling = (body.temperature, body.top_p)
-    return Asked(job_id, operation, body.stream, body.n, body.token_limit, *sampling)
+    return Asked(
+        id=job_id,
+        operation="chat" if isinstance(body, ChatBody) else "text_completion",
+        stream=body.stream,
+        n=body.n,
+        max_tokens=body.token_limit,
+        temperature=body.temperature,
+        top_p=body.top_p,
+    )
 
 
 def _consumer(caller: Caller, adapters: Sequence[Leased], state: AppState) -> Consumer:

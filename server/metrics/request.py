@@ -35,8 +35,8 @@ class Asked:
         stream: Whether the answer is streamed.
         n: Choices for each prompt.
         max_tokens: Of each choice, None for as many as fit.
-        temperature: None where the client did not say.
-        top_p: None where the client did not say.
+        temperature: Of sampling.
+        top_p: Of sampling.
     """
 
     id: str
@@ -44,8 +44,8 @@ class Asked:
     stream: bool
     n: int
     max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
+    temperature: float
+    top_p: float
 
 
 @dataclass(slots=True)
@@ -80,23 +80,18 @@ class RequestRecord:
 
     @property
     def prefill_seconds(self) -> float | None:
-        """From its first step to its first token, of the first sequence that has both."""
-        return next((_between(each.scheduled, each.first_token) for each in self._started), None)
+        """From its first step to its first token, of the sequence that took longest."""
+        return _longest([(each.scheduled, each.first_token) for each in self.sequences])
 
     @property
     def decode_seconds(self) -> float | None:
-        """From its first token to its last, of the longest sequence."""
-        spans = [_between(each.first_token, each.last_token) for each in self._started]
-        return max((each for each in spans if each is not None), default=None)
+        """From its first token to its last, of the sequence that took longest."""
+        return _longest([(each.first_token, each.last_token) for each in self.sequences])
 
     @property
     def seconds(self) -> float:
         """Since it came."""
         return monotonic() - self.begun
-
-    @property
-    def _started(self) -> list[SequenceTimes]:
-        return [each for each in self.sequences if each.first_token is not None]
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -108,5 +103,6 @@ class RequestRecord:
         return min(known) - self.begun if known else None
 
 
-def _between(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else end - start
+def _longest(spans: list[tuple[float | None, float | None]]) -> float | None:
+    known = [end - start for start, end in spans if start is not None and end is not None]
+    return max(known, default=None)

@@ -93,15 +93,19 @@ class Ledger:
                 return
             sums, self._unfolded = self._unfolded, {}
             self._journal.rotate()
-            last = self._journal.last
             try:
-                await asyncio.to_thread(self._records.fold, sums, last)
+                await asyncio.to_thread(self._fold_journal, sums, self._journal.last)
             except SQLAlchemyError as error:
                 for (day, consumer), counts in sums.items():
                     add_entry(self._unfolded, Entry(day, consumer, counts))
                 logger.error("usage stays in its journal, the database is tried again: %s", error)
-            else:
-                await asyncio.to_thread(journal.remove, self._folder, last)
+
+    def _fold_journal(self, sums: Sums, last: int) -> None:
+        self._records.fold(sums, last)
+        try:
+            journal.remove(self._folder, last)
+        except OSError as error:
+            logger.error("usage that is in the database stays in its journal too: %s", error)
 
     async def _keep_folding(self, closing: asyncio.Event) -> None:
         while not closing.is_set():

@@ -198,6 +198,23 @@ def test_a_database_that_fails_is_tried_again_and_nothing_is_lost(tmp_path, capl
     assert caplog.text.count("database is locked") == 2
 
 
+def test_journal_files_that_cannot_be_removed_count_once(tmp_path, monkeypatch, caplog):
+    def refuse(folder: Path, last: int) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch, opened(tmp_path) as of:
+        patch.setattr(journal, "remove", refuse)
+
+        async def story() -> None:
+            await of.add(ANN, ONE).wait()
+            assert await tenants(of) == {"ann": ONE}
+
+        asyncio.run(story())
+    assert "read-only" in caplog.text
+    with opened(tmp_path) as of:
+        assert asyncio.run(tenants(of)) == {"ann": ONE}
+
+
 def test_a_disk_that_is_full_holds_up_nobody_and_loses_nothing(tmp_path, monkeypatch, caplog):
     """Half of a record is written, then none, then there is room again."""
     write, left = os.write, [20, 0]

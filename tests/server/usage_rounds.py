@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,37 +212,55 @@ def key(text: str) -> Key:
     return Key(hash_key(text))
 
 
+def serve_again_and_again(state_dir: Path) -> None:
+    """The child: a new server, in a process of its own, for every line of its input.
+
+    It is forked, so that what takes seconds to import is imported once.
+    """
+    for _ in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            serve_for_ever(state_dir)
+        os.waitpid(pid, 0)
+
+
 def serve_for_ever(state_dir: Path) -> None:
-    """The child: a scripted engine behind the real HTTP application."""
+    """A scripted engine behind the real HTTP application."""
     users = accounts(make_rounds(0).clients)
     with serving(byte_level_tokenizer(), accounts=users, state_dir=state_dir) as running:
         running.engine.reply = lambda _: "the quick brown fox jumps over the lazy dog " * 9
-        sys.stdout.write(running.url + "\n")
+        sys.stdout.write(f"{running.url} {os.getpid()}\n")
         sys.stdout.flush()
         threading.Event().wait()
 
 
 @contextmanager
-def scripted(state_dir: Path) -> Iterator[Target]:
-    """A server with a scripted engine, in a process of its own."""
+def scripted(state_dir: Path) -> Iterator[Callable[[], Target]]:
+    """Starts servers with a scripted engine, one after the other's death."""
     command = [sys.executable, "-m", "tests.server.usage_rounds", "--child", str(state_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            yield Target(child.stdout.readline().strip(), child.pid)
-        finally:
-            child.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as child:
+
+        def start() -> Target:
+            child.stdin.write("\n")
+            child.stdin.flush()
+            url, pid = child.stdout.readline().split()
+            return Target(url, int(pid))
+
+        yield start
 
 
 def run_scripted(kills: int, seed: int) -> Rounds:
     """Kill the HTTP process so many times."""
     rounds = make_rounds(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(kills + 1):
-            with scripted(Path(folder)) as target:
-                if number:
-                    rounds.check(target)
-                if number < kills:
-                    rounds.under_load(target, target.http)
+    with tempfile.TemporaryDirectory() as folder, scripted(Path(folder)) as start:
+        while rounds.kills < kills:
+            target = start()
+            rounds.check(target)
+            rounds.under_load(target, target.http)
+        target = start()
+        rounds.check(target)
+        os.kill(target.http, signal.SIGKILL)
     return rounds
 
 
@@ -296,7 +314,7 @@ RUNS = {"scripted": run_scripted, "real": run_real}
 
 def main(what: str, argument: str) -> None:
     if what == "--child":
-        serve_for_ever(Path(argument))
+        serve_again_and_again(Path(argument))
         return
     rounds = RUNS[what](int(argument), int(os.environ.get("SEED", "1")))
     sys.stdout.write(
