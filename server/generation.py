@@ -112,7 +112,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         sampling: How tokens are chosen.
         adapters: Their corrections are added; none, for the bare base.
         cache_salt: Requests share cached prefixes only under an equal salt.
-        priority: Lower runs earlier (vLLM's meaning).
+        priority: Lower runs earlier (vLLM's meaning), among the requests of its tenant.
+        deadline: When it must have begun to run, in seconds of the machine's monotonic clock; of
+            equal priority, the earliest runs first.
         share: Whose it is.
         output_token_ids: Tokens already generated, to resume where another engine stopped.
     """
@@ -123,6 +125,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[AdapterWeight] = []
     cache_salt: str | None = None
     priority: int = 0
+    deadline: float | None = None
     share: Share = Share()
     output_token_ids: list[int] = []
 

@@ -37,6 +37,9 @@ _LEAST_CAPABILITY = (8, 0)
 _ADAPTER_SLOTS_PER_SEQUENCE = 4
 """Parts of adapters that may be on the device, per sequence that may run: some are kept warm."""
 
+_STEP_OVERHEAD = {"cpu": 32, "cuda": 256}
+"""Rows that take as long as reading the weights: about the operations per byte of such devices."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
@@ -179,6 +182,7 @@ def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, in
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=_max_model_len(config, decoder, num_blocks * config.block_size),
             vocab_size=decoder.config.vocab_size,
+            step_overhead=_STEP_OVERHEAD[decoder.tokens.weight.device.type],
         )
     except ValueError as error:
         raise EngineMisconfigured(str(error)) from error

@@ -96,6 +96,10 @@ class BlockManager:
         prefix = sequence.adapters.prefix
         return 0 if prefix is None else self._blocks_for(prefix.length)
 
+    def num_needed(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that its prefix and ``num_tokens`` tokens fill, shared ones among them."""
+        return self.num_prefix_blocks(sequence) + self._blocks_for(num_tokens)
+
     def can_allocate(
         self, sequence: Sequence, cached: list[int], num_tokens: int, spare: int = 0
     ) -> bool:
@@ -105,8 +109,7 @@ class BlockManager:
         """
         held = [*cached, *(block for block in self._found_prefix(sequence) if block is not None)]
         num_shared = sum(1 for block in held if self._ref_counts[block])
-        num_blocks = self.num_prefix_blocks(sequence) + self._blocks_for(num_tokens)
-        return num_blocks - num_shared + spare <= self.num_free
+        return self.num_needed(sequence, num_tokens) - num_shared + spare <= self.num_free
 
     def allocate(self, sequence: Sequence, cached: list[int], num_tokens: int) -> PrefixLoad | None:
         """Give the sequence its prefix, the ``cached`` blocks and new ones up to ``num_tokens``.
@@ -166,6 +169,10 @@ class BlockManager:
             return {}
         names = block_hashes(sequence, last, self.block_size)
         return dict(zip(names[first:last], sequence.block_table[first:last], strict=True))
+
+    def is_shared(self, block: int) -> bool:
+        """Whether several sequences hold it."""
+        return self._ref_counts[block] > 1
 
     def publish(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks that became full as tokens ``start .. end`` were computed findable.

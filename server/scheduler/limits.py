@@ -14,7 +14,10 @@ class SchedulerLimits:
         max_model_len: Tokens of one sequence, prompt and output.
         vocab_size: Token ids are below it.
         max_overtakes: Steps in which a sequence that waits for an adapter slot may be overtaken;
-            after these nothing passes it until it runs.
+            after these nothing of its tenant passes it until it runs, and nothing of others if
+            nothing of its tenant runs.
+        step_overhead: Rows whose computing takes as long as what a step costs whatever its rows:
+            reading the weights, mostly. Bounds the steps that tenants share.
     """
 
     max_num_seqs: int
@@ -22,6 +25,7 @@ class SchedulerLimits:
     max_model_len: int
     vocab_size: int
     max_overtakes: int = 64
+    step_overhead: int = 32
 
     def __post_init__(self) -> None:
         """Refuse bounds under which some sequence could never run.
@@ -46,6 +50,8 @@ class SchedulerLimits:
             raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
         if self.max_overtakes < 0:
             raise ValueError(f"max_overtakes must not be negative, but is {self.max_overtakes}")
+        if self.step_overhead < 0:
+            raise ValueError(f"step_overhead must not be negative, but is {self.step_overhead}")
 
 
 def longest_sequence(

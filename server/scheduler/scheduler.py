@@ -7,21 +7,28 @@ are all the same case: some tokens are not computed yet.
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from operator import attrgetter
+from functools import partial
 
 from ..generation import SequenceUpdate
+from .acceptance import check_can_run
 from .adapter_slots import AdapterSlots
+from .admission import Admission
 from .beam_group import BeamGroup, Continuation, beams_of, rows_of
 from .block_manager import BlockManager
-from .errors import AccountingError, SequenceRefused, SequenceTooLong
+from .counters import ServiceCounters, service_of
+from .errors import AccountingError, SequenceRefused
+from .integrity import check_books
 from .limits import SchedulerLimits, longest_sequence
 from .outcome import failed, found, outcome
 from .plan import ScheduledSequence, SequenceResult, StepPlan
+from .room import Lack, RoomSharing
+from .running import RunningSequences
 from .sequence import Sequence
+from .shared_step import StepSharing
+from .shares import ActiveShares
 from .step import Step
+from .turns import Turns
 from .waiting import WaitingQueue
-
-_order = attrgetter("order")
 
 _NO_SLOT = (
     "its adapters get no room on the device even while no other is in use: serve with a larger"
@@ -46,9 +53,15 @@ class Scheduler:
         self._blocks = blocks
         self._adapters = adapters
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._running: dict[tuple[str, int], Sequence] = {}
+        self._running = RunningSequences()
         self._groups: dict[str, BeamGroup] = {}
-        self._waiting = WaitingQueue()
+        self._counters = ServiceCounters()
+        self._shares = ActiveShares()
+        self._waiting = WaitingQueue(self._counters)
+        self._room = RoomSharing(limits, blocks, self._running, self._shares, self._counters)
+        books = self._running, self._waiting, self._shares, self._counters
+        self._sharing = StepSharing(limits, *books)
+        self._num_steps = 0
         self._refused: set[tuple[int, ...]] = set()
         """What got no room; nothing can have changed until some sequence releases an adapter."""
 
@@ -92,28 +105,41 @@ class Scheduler:
             SequenceRefused: It has no prompt, nothing left to generate, the id of a live one, or
                 tokens that the model does not have.
         """
-        self._check_can_run(sequence)
+        request_id = sequence.request.request_id
+        if self._of(request_id):
+            raise SequenceRefused(f"a request with the id {request_id} is running already")
+        check_can_run(sequence, self.limits, self.max_tokens_that_fit(sequence))
         if sequence.sampling.beams is not None:
             sequence.group = BeamGroup(sequence.sampling.beams, sequence)
-            self._groups[sequence.request.request_id] = sequence.group
-        self._sequences[sequence.name] = sequence
+            self._groups[request_id] = sequence.group
+        self._live(sequence)
         self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """End the sequence now, without an update; False if it has ended already."""
-        group = self._groups.get(request_id)
-        sequence = self._sequences.get((request_id, 0)) if group is None else group.beams[0]
-        if sequence is not None:
+        for sequence in self._of(request_id)[:1]:
             self._end_request(sequence)
-        return sequence is not None
+            return True
+        return False
+
+    def has_begun(self, request_id: str) -> bool:
+        """Whether the request runs, or has run."""
+        return any(
+            each.num_preemptions or each.name in self._running for each in self._of(request_id)
+        )
 
     def schedule(self) -> StepPlan:
-        """The next step: decode rows first, then running prefills, then newly admitted ones."""
-        step = Step(self.limits.max_num_batched_tokens)
-        self._schedule_running(step)
-        # What a preemption freed belongs to those it was freed for.
-        if not step.preempted:
-            self._admit(step)
+        """The next step: decode rows first, then running prefills, then newly admitted ones.
+
+        Among several tenants this is done in rounds; ``StepSharing`` says what each is for.
+        """
+        self._num_steps += 1
+        for step in self._sharing.rounds(self._num_steps):
+            if step.budget > 0:
+                self._fill(step)
+        for item in step.scheduled.values():
+            item.sequence.last_step = self._num_steps
+            self._counters.charge(item.sequence.request.share, service_of(item))
         return step.plan()
 
     def commit(self, plan: StepPlan, results: Iterable[SequenceResult]) -> list[SequenceUpdate]:
@@ -142,92 +168,51 @@ class Scheduler:
             AccountingError: A sequence is in two places or none, or runs without its blocks.
             KVAccountingError: The block manager's books do not balance.
         """
-        self._blocks.check_integrity()
-        waiting = [self._waiting[position] for position in range(len(self._waiting))]
-        located = [*self._running.values(), *waiting]
-        if len(located) != len(self._sequences) or set(located) != set(self._sequences.values()):
-            raise AccountingError("a live sequence does not either run or wait")
-        if waiting != sorted(waiting, key=_order):
-            raise AccountingError("the waiting queue is out of order")
-        if any(sequence.block_table or sequence.num_computed_tokens for sequence in waiting):
-            raise AccountingError("a waiting sequence holds blocks")
-        if len(self._running) > self.limits.max_num_seqs:
-            raise AccountingError("more sequences run than max_num_seqs")
-        for sequence in self._running.values():
-            covered = len(sequence.block_table) * self._blocks.block_size
-            if not sequence.num_computed_tokens < len(sequence.token_ids) <= covered + 1:
-                raise AccountingError(f"{sequence.request.request_id} runs without its blocks")
+        live = self._sequences.values()
+        check_books(live, self._running, self._waiting, self.limits, self._blocks)
 
-    def _check_can_run(self, sequence: Sequence) -> None:
-        request, beams = sequence.request, sequence.sampling.beams
-        if beams is not None and beams.width > self.limits.max_num_seqs:
-            raise SequenceRefused(
-                f"{beams.width} beams are more than the {self.limits.max_num_seqs} sequences that"
-                " run at once: ask for fewer (or serve with a larger --max-num-seqs)"
-            )
-        if sequence.name in self._sequences or request.request_id in self._groups:
-            raise SequenceRefused(f"a request with the id {request.request_id} is running already")
-        if not request.prompt_token_ids:
-            raise SequenceRefused("the prompt is empty: send at least one token")
-        if sequence.num_output_tokens >= request.sampling.max_tokens:
-            raise SequenceRefused(
-                f"nothing is left to generate: {sequence.num_output_tokens} tokens are there and"
-                f" max_tokens is {request.sampling.max_tokens}"
-            )
-        longest = self.max_tokens_that_fit(sequence)
-        if len(sequence.token_ids) >= longest:
-            prefix = sequence.adapters.prefix
-            beside = "" if prefix is None else f" beside the adapter's prefix of {prefix.length}"
-            raise SequenceTooLong(
-                f"the sequence has {len(sequence.token_ids)} tokens, but this server holds at most"
-                f" {longest} tokens of prompt and output{beside}: shorten the prompt (or serve with"
-                " a larger --max-model-len or --memory-budget)"
-            )
-        self._check_token_ids(sequence)
-
-    def _check_token_ids(self, sequence: Sequence) -> None:
-        """One id outside the tables of the model would end the step for everybody in it."""
-        size, sampling = self.limits.vocab_size, sequence.sampling
-        for what, ids in (
-            ("prompt or output", sequence.token_ids),
-            ("logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("end_token_ids", sampling.end_token_ids),
-        ):
-            if ids and not 0 <= min(ids) <= max(ids) < size:
-                wrong = next(token_id for token_id in ids if not 0 <= token_id < size)
-                raise SequenceRefused(
-                    f"{what}: there is no token {wrong}, the model's ids are 0 to {size - 1}"
-                )
+    def _fill(self, step: Step) -> None:
+        self._schedule_running(step)
+        # What a preemption freed belongs to those it was freed for.
+        if not step.preempted:
+            self._admit(step)
 
     def _schedule_running(self, step: Step) -> None:
-        # Every decode row fits, because the budget is at least max_num_seqs. A prefill that gets no
-        # row is the next one's turn: prefills go in order of admission and each takes all it can.
+        # Every decode row fits, because the budget is at least max_num_seqs; among tenants, those
+        # beyond a share take turns. Prefills take all they can, in order of admission.
         running = list(self._running.values())
         decodes = [sequence for sequence in running if sequence.num_uncomputed_tokens == 1]
         prefills = [sequence for sequence in running if sequence.num_uncomputed_tokens > 1]
+        if len(self._shares) > 1:
+            decodes.sort(key=lambda each: (each.group is None, each.last_step))
+            prefills.sort(key=lambda each: self._counters.counter(each.tenant))
         for sequence in (*decodes, *prefills):
-            if not step.budget:
-                break
-            if sequence.name in self._running and self._cover(sequence, step):
+            runs = step.room(sequence) > 0 and sequence.name in self._running
+            if runs and self._cover(sequence, step):
                 step.put(sequence)
 
     def _cover(self, sequence: Sequence, step: Step) -> bool:
-        """Get blocks for all its tokens, if need be by preemption; False if that hit itself."""
+        """Get blocks for all its tokens, if need be by preemption; False if that hit itself.
+
+        Once a sequence was admitted, which may share what another one computes in this step,
+        nothing is preempted any more: it waits for the next step.
+        """
         while not self._blocks.extend(sequence, len(sequence.token_ids)):
-            for victim in self._preempt_last():
-                step.drop(victim)
+            if step.started:
+                return False
+            step.preempted = True
+            self._drop(self._room.last_by_blocks(), step)
             if sequence.name not in self._running:
                 return False
         return True
 
-    def _preempt_last(self) -> list[Sequence]:
-        """Take the last-come sequence off the device, with all beams if it is one of a search."""
-        last = max(self._running.values(), key=_order)
-        preempted = [each for each in beams_of(last) if each.name in self._running]
-        for sequence in preempted:
-            self._preempt(sequence)
-        return preempted
+    def _drop(self, sequence: Sequence, step: Step | None = None) -> None:
+        """Take it off the device and out of the step, with all beams if it is one of a search."""
+        for each in beams_of(sequence):
+            if each.name in self._running:
+                self._preempt(each)
+                if step is not None:
+                    step.drop(each)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -238,31 +223,52 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _admit(self, step: Step) -> None:
-        position = 0
-        overtaken = 0
-        coming = self._coming(step)
-        while self._has_room(step) and position < len(self._waiting):
-            sequence = self._waiting[position]
-            adapter_ids = sequence.adapters.adapter_ids
-            if adapter_ids not in self._refused:
-                cached = self._blocks.find_cached(sequence, sequence.cache_limit, coming)
-                if not self._fits(sequence, cached):
-                    break
-                if self._adapters.acquire(*adapter_ids):
-                    self._start(self._waiting.pop(position), cached, step)
-                    if (item := step.put(sequence)) is not None:
-                        coming |= self._blocks.filled(sequence, item.start, item.end)
-                    overtaken = position
-                    continue
-                self._refused.add(adapter_ids)
-            if not self._running:
-                self._end_request(sequence)
-                step.unservable.append(sequence)
-            elif sequence.num_overtaken >= self.limits.max_overtakes:
-                break
-            else:
-                position += 1
-        self._waiting.count_overtaken(overtaken)
+        step.coming = self._coming(step)
+        Admission(
+            step,
+            Turns(self._waiting, self._counters, self.limits.max_num_batched_tokens),
+            self._room,
+            self._running,
+            self.limits.max_overtakes,
+            try_to_start=partial(self._try_to_start, step),
+            preempt=partial(self._preempt_for_others, step),
+            give_up=partial(self._give_up, step),
+        ).run()
+
+    def _preempt_for_others(self, step: Step, sequence: Sequence) -> None:
+        self._drop(sequence, step)
+        step.coming = self._coming(step)
+
+    def _give_up(self, step: Step, sequence: Sequence) -> None:
+        self._end_request(sequence)
+        step.unservable.append(sequence)
+
+    def _try_to_start(self, step: Step, sequence: Sequence) -> Lack | None:
+        """Start the sequence, or say what it lacks."""
+        adapter_ids = sequence.adapters.adapter_ids
+        seats = self.limits.max_num_seqs - self._running.num_rows
+        if not seats:
+            return Lack.SEATS
+        if adapter_ids in self._refused:
+            return Lack.ADAPTERS
+        cached = self._blocks.find_cached(sequence, sequence.cache_limit, step.coming)
+        if lack := self._lack(sequence, cached, seats):
+            return lack
+        if not self._adapters.acquire(*adapter_ids):
+            self._refused.add(adapter_ids)
+            return Lack.ADAPTERS
+        self._start(sequence, cached, step)
+        if (item := step.put(sequence)) is not None:
+            step.coming |= self._blocks.filled(sequence, item.start, item.end)
+        return None
+
+    def _lack(self, sequence: Sequence, cached: list[int], seats: int) -> Lack | None:
+        if rows_of(sequence) > seats:
+            return Lack.SEATS
+        # One spare block for every other that runs, or its next tokens would preempt this one.
+        spare = len(self._running) - sum(each.name in self._running for each in beams_of(sequence))
+        fits = self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
+        return None if fits else Lack.BLOCKS
 
     def _coming(self, step: Step) -> dict[bytes, int]:
         """Blocks that the step fills, by name, if anyone waits to share them."""
@@ -272,25 +278,16 @@ class Scheduler:
                 coming |= self._blocks.filled(item.sequence, item.start, item.end)
         return coming
 
-    def _has_room(self, step: Step) -> bool:
-        return step.budget > 0 and len(self._running) < self.limits.max_num_seqs
-
-    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
-        taken = sum(rows_of(each) for each in self._running.values())
-        if taken + rows_of(sequence) > self.limits.max_num_seqs:
-            return False
-        # One spare block for every other that runs, or its next tokens would preempt this one.
-        others = [each for each in self._running.values() if each not in beams_of(sequence)]
-        spare = len(others)
-        return self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
-
     def _start(self, sequence: Sequence, cached: list[int], step: Step) -> None:
+        self._waiting.remove(sequence)
+        self._room.settle(sequence)
+        step.started.add(sequence)
         load = self._blocks.allocate(sequence, cached, len(sequence.token_ids))
         if load is not None:
             step.prefix_loads.append(load)
         sequence.num_computed_tokens = len(cached) * self._blocks.block_size
         sequence.num_overtaken = 0
-        self._running[sequence.name] = sequence
+        self._running.add(sequence)
         if not sequence.num_preemptions:
             found = sequence.num_computed_tokens
             sequence.num_cached_tokens = min(found, sequence.prompt_len)
@@ -341,7 +338,7 @@ class Scheduler:
                 self._end(parent)
         group.beams = [parents[number] for number in sorted(kept)]
         while self._blocks.num_free < len(chosen) and group.beams[0].name in self._running:
-            self._preempt_last()
+            self._drop(self._room.last_by_blocks())
         beams: list[Sequence] = []
         for each in chosen:
             parent = parents[each.parent]
@@ -349,11 +346,14 @@ class Scheduler:
         group.beams = beams
         for beam, each in zip(beams, chosen, strict=True):
             beam.token_ids.append(each.token.token_id)
+            if beam.name in self._running:
+                self._running.recount(beam)
 
     def _child(self, group: BeamGroup, parent: Sequence) -> Sequence:
         """Another sequence like the parent; if that waits, it waits too."""
         child = group.child(parent)
-        self._sequences[child.name] = child
+        child.num_charged, child.last_step = parent.num_charged, parent.last_step
+        self._live(child)
         if parent.name not in self._running:
             self._waiting.add(child)
             return child
@@ -361,8 +361,19 @@ class Scheduler:
         child.num_computed_tokens = parent.num_computed_tokens
         if not self._adapters.acquire(*child.adapters.adapter_ids):
             raise AccountingError(f"the adapters of {parent.request.request_id} are not there")
-        self._running[child.name] = child
+        self._running.add(child)
         return child
+
+    def _live(self, sequence: Sequence) -> None:
+        self._sequences[sequence.name] = sequence
+        self._shares.join(sequence.request.share)
+
+    def _of(self, request_id: str) -> Seq[Sequence]:
+        """The live sequences of a request."""
+        if request_id in self._groups:
+            return self._groups[request_id].beams
+        sequence = self._sequences.get((request_id, 0))
+        return [] if sequence is None else [sequence]
 
     def _end_request(self, sequence: Sequence) -> None:
         """End the sequence, and all other beams where it is one of a search."""
@@ -372,14 +383,16 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.name]
+        self._shares.leave(sequence.tenant, self._num_steps)
         if sequence.name in self._running:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
+            self._room.settle(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take it off the device."""
-        del self._running[sequence.name]
+        self._running.remove(sequence)
         self._blocks.free(sequence)
         for adapter_id in sequence.adapters.adapter_ids:
             self._adapters.release(adapter_id)

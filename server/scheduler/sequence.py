@@ -1,6 +1,7 @@
 """A sequence: one prompt and what has been generated for it. Free of torch."""
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..generation import GenerationRequest, SamplingParams
@@ -91,7 +92,7 @@ class Sequence:
     Attributes:
         request: What was asked for.
         adapters: What its adapters do to it.
-        arrival: Order of arrival, which breaks ties of priority.
+        arrival: Order of arrival, which breaks ties of priority and deadline.
         matcher: Follows its output, where that must match a grammar.
         group: The beams it is one of, in beam search.
         number: Among all beams that its request has had.
@@ -105,6 +106,8 @@ class Sequence:
         num_prompt_logprobs: Prompt log-probabilities sent, where asked for.
         num_preemptions: Times it was taken off the device to be recomputed.
         num_overtaken: Steps, since it began to wait, in which a later one was admitted before it.
+        num_charged: Leading tokens that were counted as service to its tenant.
+        last_step: Number of the last step it was part of.
     """
 
     request: GenerationRequest
@@ -123,6 +126,8 @@ class Sequence:
     num_prompt_logprobs: int = 0
     num_preemptions: int = 0
     num_overtaken: int = 0
+    num_charged: int = 0
+    last_step: int = 0
 
     def __post_init__(self) -> None:
         """Start from the prompt and any output to resume."""
@@ -132,6 +137,16 @@ class Sequence:
     def name(self) -> tuple[str, int]:
         """Unique among the live ones."""
         return self.request.request_id, self.number
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.request.share.tenant
+
+    @property
+    def num_given(self) -> int:
+        """Tokens it came with: its prompt, and an output that it resumes."""
+        return self.prompt_len + len(self.request.output_token_ids)
 
     @property
     def position_offset(self) -> int:
@@ -154,9 +169,10 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Smaller is admitted earlier and preempted later."""
-        return self.request.priority, self.arrival
+    def order(self) -> tuple[int, float, int]:
+        """Of one tenant's, smaller is admitted earlier and preempted later."""
+        deadline = self.request.deadline
+        return self.request.priority, inf if deadline is None else deadline, self.arrival
 
     @property
     def num_uncomputed_tokens(self) -> int:

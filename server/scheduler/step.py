@@ -1,5 +1,7 @@
 """A step while it is put together."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .plan import PrefixLoad, ScheduledSequence, StepPlan
@@ -8,29 +10,65 @@ from .sequence import Sequence
 
 @dataclass(slots=True)
 class Step:
-    """The step being put together; ``budget`` is the rows it still has room for."""
+    """The step being put together.
+
+    Attributes:
+        budget: Rows it still has room for.
+        quota: Rows that a tenant may take; None where tenants take what they can.
+        favoured: The tenant that prompts are computed for; None for all.
+        started: Sequences that begin to run in it.
+        coming: Blocks that it fills, by name, for those that are to be admitted.
+        preempted: Whether a sequence was taken off the device for those that run.
+    """
 
     budget: int
+    quota: Callable[[str], int] | None = None
+    favoured: str | None = None
     scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    started: set[Sequence] = field(default_factory=set)
+    coming: dict[bytes, int] = field(default_factory=dict)
     prefix_loads: list[PrefixLoad] = field(default_factory=list)
     unservable: list[Sequence] = field(default_factory=list)
     preempted: bool = False
+    _taken: Counter[str] = field(default_factory=Counter)
+
+    def room(self, sequence: Sequence) -> int:
+        """Rows that the sequence may have; beams that go on do so together, whatever it takes."""
+        if sequence.group is not None and sequence.group.is_ready:
+            return max(1, self.budget)
+        if self.favoured not in (None, sequence.tenant) and sequence.num_uncomputed_tokens > 1:
+            return 0
+        if self.quota is None:
+            return self.budget
+        return min(self.budget, self.quota(sequence.tenant) - self._taken[sequence.tenant])
 
     def put(self, sequence: Sequence) -> ScheduledSequence | None:
-        """Compute as much of the sequence as there is room for.
+        """Compute as much of the sequence, or as much more, as there is room for.
 
         A beam's last token waits until those of the others are all that they lack.
         """
-        start = sequence.num_computed_tokens
+        before = self.scheduled.get(sequence)
+        start = sequence.num_computed_tokens if before is None else before.end
         total = len(sequence.token_ids)
         may = total if sequence.group is None or sequence.group.is_ready else total - 1
-        end = min(may, start + self.budget)
-        if end == start:
+        end = min(may, start + self.room(sequence))
+        if end <= start:
             return None
-        self.budget -= end - start
-        item = ScheduledSequence(sequence, start, end, samples=end == total)
+        self._take(sequence, end - start)
+        first = start if before is None else before.start
+        item = ScheduledSequence(sequence, first, end, samples=end == total)
         self.scheduled[sequence] = item
         return item
+
+    def prompt_rows(self, tenant: str | None) -> int:
+        """Rows in it of the tenant's prompts."""
+        own = (item for each, item in self.scheduled.items() if each.tenant == tenant)
+        return sum(item.num_tokens for item in own if item.num_tokens > 1)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are in it."""
+        return self._taken.total()
 
     def plan(self) -> StepPlan:
         """The step."""
@@ -44,7 +82,10 @@ class Step:
 
     def drop(self, sequence: Sequence) -> None:
         """Give the room of a preempted sequence to the others."""
-        self.preempted = True
         item = self.scheduled.pop(sequence, None)
         if item is not None:
-            self.budget += item.num_tokens
+            self._take(sequence, -item.num_tokens)
+
+    def _take(self, sequence: Sequence, rows: int) -> None:
+        self.budget -= rows
+        self._taken[sequence.tenant] += rows

@@ -377,8 +377,7 @@ def test_preemption_frees_the_adapter_and_keeps_the_place_in_the_queue():
     ran, _ = bench.step()
     assert "b" not in ran
     assert not bench.slots.held
-    queue = bench.scheduler._waiting
-    assert [queue[i].request.request_id for i in range(len(queue))] == ["d", "b", "c"]
+    assert [each.request.request_id for each in bench.scheduler._waiting] == ["d", "b", "c"]
 
 
 def test_a_preempted_sequence_takes_what_is_left_of_its_prefix_from_the_cache():
@@ -608,12 +607,12 @@ def test_a_preempted_prompt_sends_each_of_its_logprobs_once():
 def test_integrity_check_sees_lost_and_doubled_sequences():
     bench = Bench()
     sequence = bench.add("a", 4)
-    bench.scheduler._waiting.add(sequence)
+    bench.scheduler._running.add(sequence)
     with pytest.raises(AccountingError, match="either run or wait"):
         bench.scheduler.check_integrity()
-    bench.scheduler._waiting.pop(0)
+    bench.scheduler._running.remove(sequence)
     bench.scheduler.check_integrity()
-    bench.scheduler._waiting.pop(0)
+    bench.scheduler._waiting.remove(sequence)
     with pytest.raises(AccountingError, match="either run or wait"):
         bench.scheduler.check_integrity()
 

@@ -10,16 +10,19 @@ text also shows whether every recomputation was right.
 
 import zlib
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from deltamux.server.generation import (
     FinishReason,
     GenerationRequest,
     SamplingParams,
+    Share,
     TokenLogprobs,
 )
 from deltamux.server.scheduler.block_manager import BlockManager
@@ -239,7 +242,15 @@ def random_arrival(random, number, last_step):
     )
 
 
-def random_trace(seed):
+def with_tenant(random, arrival):
+    """The same request of one of three tenants, some with a deadline."""
+    tenant, weight = random.choice([("a", 1.0), ("b", 1.0), ("c", 3.5)])
+    deadline = random.choice([None, None, 1.0, 2.0])
+    request = structs.replace(arrival.request, share=Share(tenant, weight), deadline=deadline)
+    return replace(arrival, request=request)
+
+
+def random_trace(seed, tenants=False):
     random = Random(seed)
     seqs = random.randint(1, 7)
     limits = SchedulerLimits(
@@ -253,7 +264,11 @@ def random_trace(seed):
     num_blocks = random.randint(20, 64) // block_size
     last_step = random.choice([0, 10, 40])
     arrivals = [random_arrival(random, n, last_step) for n in range(random.randint(1, 20))]
-    return Trace(limits, num_blocks, block_size, random.random() < 0.8, arrivals)
+    caching = random.random() < 0.8
+    if tenants:
+        limits = replace(limits, step_overhead=random.choice([0, 1, 8]))
+        arrivals = [with_tenant(random, arrival) for arrival in arrivals]
+    return Trace(limits, num_blocks, block_size, caching, arrivals)
 
 
 class Trace:
@@ -269,6 +284,7 @@ class Trace:
         self.ended = {}
         self.overtaken = False
         self.barred = False
+        self.paused = False
 
     def play(self):
         last = max(arrival.step for arrival in self.arrivals.values())
@@ -324,10 +340,16 @@ class Trace:
         assert len(plan.scheduled) <= self.scheduler.num_running <= self.limits.max_num_seqs
         planned = {item.sequence for item in plan.scheduled}
         running = self.scheduler._running.values()
-        assert {seq for seq in running if seq.num_uncomputed_tokens == 1} <= planned
+        decoding = {seq for seq in running if seq.num_uncomputed_tokens == 1}
+        if len({seq.tenant for seq in self.scheduler._sequences.values()}) == 1:
+            assert decoding <= planned
+        self.paused |= not decoding <= planned
+        for sequence in decoding:
+            waited = self.scheduler._num_steps - sequence.last_step
+            assert waited <= 2 * self.limits.max_num_seqs, "a running sequence starves"
         held = Counter(adapter for seq in running for adapter in seq.adapters.adapter_ids)
         assert +self.slots.held == held
-        for sequence in map(self.scheduler._waiting.__getitem__, range(self.scheduler.num_waiting)):
+        for sequence in self.scheduler._waiting:
             assert sequence.num_overtaken <= self.limits.max_overtakes
             self.overtaken |= sequence.num_overtaken > 0
             self.barred |= sequence.num_overtaken == self.limits.max_overtakes > 0
@@ -364,6 +386,27 @@ class Trace:
                 assert all(update.num_cached_tokens == 0 for update in arrival.updates)
 
 
+def steps_of(trace):
+    """A checksum of what was computed in each step, where, and what was loaded before."""
+    checksum = 0
+    schedule = trace.scheduler.schedule
+
+    def noted():
+        nonlocal checksum
+        plan = schedule()
+        rows = [
+            (i.sequence.request.request_id, i.start, i.end, i.samples, i.sequence.block_table)
+            for i in plan.scheduled
+        ]
+        loads = [dict(load.blocks) for load in plan.prefix_loads]
+        checksum = zlib.crc32(repr((rows, loads)).encode(), checksum)
+        return plan
+
+    trace.scheduler.schedule = noted
+    trace.play()
+    return checksum
+
+
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_traffic(seed):
@@ -372,11 +415,26 @@ def test_random_traffic(seed):
     trace.check_ends()
 
 
-def test_the_traffic_reaches_every_part():
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_random_traffic_of_several_tenants(seed):
+    trace = random_trace(seed, tenants=True)
+    trace.play()
+    trace.check_ends()
+
+
+def test_one_tenant_is_scheduled_as_before_there_were_tenants():
+    """The checksum of every step of some traces, taken when the scheduler knew no tenants."""
+    checksums = [steps_of(random_trace(seed)) for seed in range(40)]
+    assert zlib.crc32(repr(checksums).encode()) == 663130358
+
+
+@pytest.mark.parametrize("tenants", [False, True])
+def test_the_traffic_reaches_every_part(tenants):
     """Random traces prove nothing about what they do not do."""
     seen = Counter()
     for seed in range(150):
-        trace = random_trace(seed)
+        trace = random_trace(seed, tenants)
         trace.play()
         trace.check_ends()
         seen["preempted"] += trace.scheduler.num_preemptions > 0
@@ -385,8 +443,9 @@ def test_the_traffic_reaches_every_part():
         seen["prefix shared"] += trace.runner.prefixes_shared
         seen["overtaken"] += trace.overtaken
         seen["barred"] += trace.barred
+        seen["paused"] += trace.paused
         seen.update(set(trace.ended.values()))
     ends = [None, *FinishReason]
     kinds = ["preempted", "prefix hit", "shared in the step", "prefix shared"]
-    kinds += ["overtaken", "barred", *ends]
+    kinds += ["overtaken", "barred", *ends] + ["paused"] * tenants
     assert all(seen[kind] >= 5 for kind in kinds), seen
