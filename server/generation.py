@@ -172,6 +172,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
         finish_reason: Set on the last update.
         stop_token_id: The end or stop token that ended it.
         error: The reason under ``FinishReason.ERROR``.
+        expired: Whether that is its deadline, which passed before it began to run.
         beams: What beam search found, best first, on its only update.
         scheduled: On the first update after it, when the sequence was part of a step for the first
             time, as ``time.monotonic`` tells it, which all processes of a machine share.
@@ -185,5 +186,6 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    expired: bool = False
     beams: list[BeamAnswer] = []
     scheduled: float | None = None

@@ -12,6 +12,8 @@ from time import monotonic
 
 from msgspec import structs
 
+from msgspec import structs
+
 from ...adapters.device.pool import Placement
 from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterError
@@ -28,6 +30,7 @@ from ..scheduler.plan import StepPlan
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
 from .composition import composable, use_adapters
+from .deadlines import Deadlines
 from .grammars import GrammarCompiler
 from .host_tier import HostTier, LoadResult
 from .messages import (
@@ -96,6 +99,7 @@ class Engine:
         grammars: GrammarCompiler,
         layout: BaseLayout,
         adapter_room: Room,
+        deadlines: Deadlines | None = None,
     ) -> None:
         """Drive these parts of the base of ``layout``; nothing else may touch them."""
         self._layout = layout
@@ -106,6 +110,7 @@ class Engine:
         self._host = host
         self._residency = residency
         self._grammars = grammars
+        self.deadlines = Deadlines() if deadlines is None else deadlines
         self._registrations: dict[int, _Registration] = {}
         self._live: dict[str, _Live] = {}
         self._gathering: deque[_Live] = deque()
@@ -151,6 +156,15 @@ class Engine:
             self._stats_stale = True
         self._gather()
 
+    def expire(self) -> None:
+        """End the requests that have not begun to run by their deadlines."""
+        for request_id in self.deadlines.passed():
+            if request_id in self._live and not self._scheduler.has_begun(request_id):
+                self._scheduler.abort(request_id)
+                error = "it had not begun to run when its deadline passed"
+                self._report(structs.replace(_failed(request_id, error), expired=True))
+                self._stats_stale = True
+
     def step(self) -> None:
         """Compute one step for the sequences the scheduler chooses."""
         plan = self._scheduler.schedule()
@@ -192,6 +206,7 @@ class Engine:
 
     def _submit(self, request: GenerationRequest) -> None:
         live = self._live[request.request_id] = _Live(request)
+        self.deadlines.add(request)
         grammar = request.sampling.grammar
         if grammar is None or self._grammars.ask(grammar, request.request_id):
             self._submit_compiled(live)

@@ -70,12 +70,13 @@ def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
     mailbox.watch(host.wakeup)
     mailbox.send([info])
     while True:
-        for command in mailbox.receive(wait=not engine.has_work):
+        for command in mailbox.receive(0 if engine.has_work else engine.deadlines.milliseconds()):
             if isinstance(command, Shutdown):
                 engine.close()
                 return
             engine.handle(command)
         engine.take_loads()
+        engine.expire()
         if engine.has_work:
             engine.step()
         mailbox.send(engine.drain())
@@ -102,9 +103,9 @@ class _Mailbox:
         self._wakeup = wakeup
         self._poller.register(wakeup, zmq.POLLIN)
 
-    def receive(self, wait: bool) -> list[Command]:
-        """All commands that are there; with ``wait``, sleep until there is something to do."""
-        ready = dict(self._poller.poll(None if wait else 0))
+    def receive(self, milliseconds: int | None) -> list[Command]:
+        """All commands that are there; sleeps for that long, or until there is something to do."""
+        ready = dict(self._poller.poll(milliseconds))
         if self._parent in ready:
             return [Shutdown()]
         if self._wakeup is not None and self._wakeup in ready:
