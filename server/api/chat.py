@@ -38,6 +38,7 @@ async def create_chat_completion(
     body: ChatBody, request: Request, state: State, caller: Calling
 ) -> Response:
     """Add the model's turn to a conversation."""
+    state.limiter.check(caller.tenant)
     chosen = model_choice(body, caller, request)
     await check_adapters(chosen, state)
     check_sequences(body, 1, state)

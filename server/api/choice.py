@@ -18,7 +18,7 @@ from ..metrics.request import RequestRecord
 from ..text.detokenizer import Detokenizer
 from ..text.stop_strings import Piece, StopStrings
 from ..text.tokenizer import Tokenizer
-from .errors import InternalError, ServiceUnavailable
+from .errors import DeadlineExceeded, InternalError, ServiceUnavailable
 from .prompts import TokenPrompt
 from .state import AppState
 
@@ -106,11 +106,14 @@ class ChoiceText:
         Tokens after one that completes a stop string are dropped.
 
         Raises:
+            DeadlineExceeded: It had not begun to run when its deadline passed.
             InternalError: The engine gave the sequence up.
             ServiceUnavailable: The engine ended it without being asked to.
         """
         self._prompt_logprobs += update.prompt_logprobs
         self._cached_tokens = max(self._cached_tokens, update.num_cached_tokens)
+        if update.expired:
+            raise DeadlineExceeded("The request had not begun to run when its deadline passed.")
         if update.finish_reason is FinishReason.ERROR:
             raise InternalError(f"The engine gave this request up: {update.error}")
         if update.finish_reason is FinishReason.ABORT:

@@ -26,6 +26,7 @@ async def create_completion(
     body: CompletionBody, request: Request, state: State, caller: Calling
 ) -> Response:
     """Continue one or more prompts."""
+    state.limiter.check(caller.tenant)
     chosen = model_choice(body, caller, request)
     await check_adapters(chosen, state)
     prompts = await completion_prompts(body, state)

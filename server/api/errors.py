@@ -9,11 +9,12 @@ ApiError (a starlette HTTPException, so that it passes through framework code un
 ├── MethodNotAllowed    405
 ├── BodyTooLarge        413  a body over the limit
 ├── UnsupportedMedia    415  a body that does not say it is JSON
-├── TooManyRequests     429  the queue is full
+├── TooManyRequests     429  the queue is full, or a tenant's limit is reached
 ├── InternalError       500  the engine gave a sequence up
 ├── NotServed           501  a route of a later release
 ├── BadGateway          502  a source of adapters does not answer as it should
-└── ServiceUnavailable  503  the engine is down, or an adapter cannot be loaded now
+├── ServiceUnavailable  503  the engine is down, or an adapter cannot be loaded now
+└── DeadlineExceeded    504  the request waited longer than it allows
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -37,7 +38,8 @@ from ..store.errors import (
     UnknownAdapter,
     UnknownModel,
 )
-from ..tenants.errors import TenantError, UnknownTenant
+from ..tenants.errors import LimitExceeded, TenantError, UnknownTenant
+from .rate_headers import rate_headers
 from .request_id import HEADER, request_id
 
 _MAX_MESSAGE = 1000
@@ -119,7 +121,7 @@ class UnsupportedMedia(ApiError):
 
 
 class TooManyRequests(ApiError):
-    """The engine's queue is full."""
+    """The engine's queue is full, or a tenant asks for more than its limits allow."""
 
     status = 429
     kind = "RateLimitError"
@@ -148,6 +150,13 @@ class ServiceUnavailable(ApiError):
 
     status = 503
     kind = "ServiceUnavailableError"
+
+
+class DeadlineExceeded(ApiError):
+    """The request had not begun to run by its deadline."""
+
+    status = 504
+    kind = "DeadlineExceededError"
 
 
 def error_body(message: str, kind: str, code: int, param: str | None) -> dict[str, object]:
@@ -198,8 +207,18 @@ def from_registry(error: RegistryError) -> ApiError:
     return InvalidUserInput(message)
 
 
+def from_limit(error: LimitExceeded) -> TooManyRequests:
+    """The answer for more than a tenant's limits allow, and what is left of them."""
+    headers = dict(rate_headers(error.allowances))
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(ceil(error.retry_after))
+    return TooManyRequests(str(error), headers=headers)
+
+
 def from_tenant(error: TenantError) -> ApiError:
     """The answer for what cannot be done to a tenant."""
+    if isinstance(error, LimitExceeded):
+        return from_limit(error)
     refused = NotFound if isinstance(error, UnknownTenant) else InvalidUserInput
     return refused(str(error))
 

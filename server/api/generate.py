@@ -46,6 +46,7 @@ class Job:
         choices: Candidates, as many for each prompt, in order.
         answers_per_prompt: How many of these the client gets, ``n``.
         record: What is known of how it goes.
+        reserved: Completion tokens that the request says it may take; 0 where it does not say.
         created: Unix time.
     """
 
@@ -55,6 +56,7 @@ class Job:
     choices: list[Choice]
     answers_per_prompt: int
     record: RequestRecord
+    reserved: int = 0
     created: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -66,6 +68,11 @@ class Job:
     def model(self) -> str:
         """As the client named it."""
         return self.chosen.model
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once however many choices it has."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     @property
     def choices_per_prompt(self) -> int:
@@ -137,12 +144,14 @@ def make_job(
             "beam_width",
         )
     check_token_ids(body, info)
+    tenant = chosen.caller.tenant
+    most = None if tenant is None else tenant.limits.max_tokens
     # A tokenizer may name end tokens that the model was not made with and cannot choose.
     end_token_ids = tuple(end for end in state.tokenizer.end_token_ids if end < info.vocab_size)
     job_id = f"{prefix}-{uuid4().hex}"
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
-        max_tokens = max_new_tokens(body, len(prompt.token_ids), max_len)
+        max_tokens = max_new_tokens(body, len(prompt.token_ids), max_len, most)
         for choice in range(body.n if body.use_beam_search else body.num_candidates):
             request = GenerationRequest(
                 request_id=f"{job_id}-{number}-{choice}",
@@ -152,6 +161,7 @@ def make_job(
                 ),
                 cache_salt=cache_salt(chosen.caller, body.cache_salt),
                 priority=body.priority,
+                deadline=body.deadline,
                 share=share_of(chosen.caller),
             )
             skips = body.skip_special_tokens and skip_special_tokens
@@ -159,7 +169,8 @@ def make_job(
                 Choice(len(choices), prompt, request, tuple(body.stop), skips, body.num_logprobs)
             )
     record = RequestRecord(_consumer(chosen.caller, [], state), _asked(job_id, body))
-    return Job(job_id, chosen, prompts, choices, body.n, record)
+    reserved = sum(each.request.sampling.max_tokens for each in choices) if body.says_length else 0
+    return Job(job_id, chosen, prompts, choices, body.n, record, reserved)
 
 
 def _asked(job_id: str, body: GenerationBody) -> Asked:
@@ -190,16 +201,19 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
     Raises:
         UnknownModel: The model is gone since the request was checked.
         AdapterUnavailable: An adapter cannot be loaded now.
+        LimitExceeded: The caller's limits do not let it in now.
         EngineError: As ``EnginePort.generate``.
         ApiError: As ``stream_choice``.
     """
-    async with state.registry.leases.lease(job.chosen) as adapters:
-        job.record.consumer = _consumer(job.caller, adapters, state)
-        uses = [each.use for each in adapters]
-        streams = [stream(uses, job.record, state) for stream in _streams(job)]
-        async with aclosing(merge(streams)) as merged:
-            async for delta in merged:
-                yield delta
+    with state.limiter.admitted(job.caller.tenant, job.prompt_tokens, job.reserved) as running:
+        async with state.registry.leases.lease(job.chosen) as adapters:
+            job.record.consumer = _consumer(job.caller, adapters, state)
+            uses = [each.use for each in adapters]
+            streams = [stream(uses, job.record, state) for stream in _streams(job)]
+            async with aclosing(merge(streams)) as merged:
+                async for delta in merged:
+                    running.took(len(delta.token_ids))
+                    yield delta
 
 
 def _streams(job: Job) -> "list[partial[AsyncGenerator[ChoiceDelta, None]]]":

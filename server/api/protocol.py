@@ -1,9 +1,18 @@
 """Request bodies, and the bounds every field must keep."""
 
 from abc import abstractmethod
+from time import monotonic
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .body import INT32_MAX, INT64_MAX, Body, Text, refuse
@@ -106,7 +115,9 @@ class GenerationBody(SearchedBody):
     return_tokens_as_token_ids: bool = False
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
+    deadline_ms: int | None = Field(default=None, ge=1, le=INT32_MAX)
     user: Any = None
+    _arrived: float = PrivateAttr(default_factory=monotonic)
 
     @field_validator("logit_bias")
     @classmethod
@@ -127,9 +138,19 @@ class GenerationBody(SearchedBody):
         return self
 
     @property
+    def deadline(self) -> float | None:
+        """When it must have begun to run, by the machine's monotonic clock."""
+        return None if self.deadline_ms is None else self._arrived + self.deadline_ms / 1000
+
+    @property
     def token_limit(self) -> int | None:
         """Tokens asked for at most; None where the request does not say."""
         return self.max_tokens
+
+    @property
+    def says_length(self) -> bool:
+        """Whether it says, by itself or by default, how many tokens it takes at most."""
+        return self.token_limit is not None or self.default_max_tokens is not None
 
     @property
     def token_limit_field(self) -> str:

@@ -14,6 +14,7 @@ from .generate import Gathered, Job, Tally, gather
 from .meter import Meter
 from .observe import note
 from .protocol import GenerationBody, StreamOptions
+from .rate_headers import rate_headers
 from .sse import EventStream, while_connected
 from .state import AppState
 
@@ -45,13 +46,27 @@ async def respond(
     job: Job,
     source: AsyncGenerator[ChoiceDelta, None],
     form: Format,
+    state: AppState,
 ) -> Response:
     """The answer of a job whose deltas ``source`` yields; closed when the client goes away.
 
     A stream's headers wait for the first delta, so that an engine that is down or full still
-    answers with its own status.
+    answers with its own status. Every answer says what is left of the caller's limits.
     """
     note(request.scope, job.record)
+    response = await _response(request, state, body, job, source, form)
+    response.headers.update(rate_headers(state.limiter.allowances(job.caller.tenant)))
+    return response
+
+
+async def _response(
+    request: Request,
+    state: AppState,
+    body: GenerationBody,
+    job: Job,
+    source: AsyncGenerator[ChoiceDelta, None],
+    form: Format,
+) -> Response:
     meter = Meter(job, state.ledger)
     if not body.stream:
         with meter.counting():

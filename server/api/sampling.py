@@ -21,12 +21,27 @@ def choice_seed(seed: int | None, choice: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def max_new_tokens(body: GenerationBody, prompt_len: int, max_model_len: int) -> int:
+def max_new_tokens(
+    body: GenerationBody, prompt_len: int, max_model_len: int, most: int | None = None
+) -> int:
     """Tokens the prompt leaves room for, at most what was asked for.
 
+    Args:
+        body: The request.
+        prompt_len: Tokens of the prompt.
+        max_model_len: Of prompt and output.
+        most: Tokens of output that the caller's limits allow; None for any number.
+
     Raises:
-        InvalidRequest: The prompt leaves no room, or less than was asked for.
+        InvalidRequest: The prompt leaves no room, or less than was asked for, or more was asked
+            for than the caller may have.
     """
+    if most is not None and body.token_limit is not None and body.token_limit > most:
+        raise InvalidRequest(
+            f"{body.token_limit_field}: {body.token_limit} tokens are more than the {most} that "
+            "your limits allow.",
+            body.token_limit_field,
+        )
     room = max_model_len - prompt_len
     if room < 1:
         raise InvalidRequest(
@@ -35,7 +50,8 @@ def max_new_tokens(body: GenerationBody, prompt_len: int, max_model_len: int) ->
             body.prompt_field,
         )
     if body.token_limit is None:
-        return room if body.default_max_tokens is None else min(room, body.default_max_tokens)
+        bounds = (room, body.default_max_tokens, most)
+        return min(each for each in bounds if each is not None)
     if body.token_limit > room:
         raise InvalidRequest(
             f"The prompt's {prompt_len} tokens and {body.token_limit} tokens of output exceed this "

@@ -15,6 +15,7 @@ from ..store.registry import AdapterRegistry
 from ..store.sources import SourcePolicy
 from ..tenants.admin import TenantAdmin
 from ..tenants.directory import TenantDirectory
+from ..tenants.limits import TenantLimiter
 from ..text.tokenizer import Tokenizer
 from ..tools.formats import ToolFormat
 from ..tracing import RequestTracer
@@ -59,6 +60,7 @@ class AppState:
         limits: What one request may ask for.
         policy: Where callers may have adapters loaded from.
         tracer: Where traces of requests go; None for nowhere.
+        limiter: How much they ask for.
         created: Unix time the server started.
         started: Set once the adapters named at start are loaded.
     """
@@ -75,6 +77,7 @@ class AppState:
     limits: Limits = Limits()
     policy: SourcePolicy = _POLICY
     tracer: RequestTracer | None = None
+    limiter: TenantLimiter = field(default_factory=TenantLimiter)
     created: int = field(default_factory=lambda: int(time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
