@@ -16,7 +16,8 @@ import zmq
 
 from ...adapters import errors as adapter_errors
 from ...adapters.errors import AdapterError
-from ..generation import GenerationRequest, SequenceUpdate
+from ..generation import GenerationRequest, SequenceUpdate, Share
+from ..scheduler.shares import ActiveShares
 from .config import EngineConfig
 from .connection import Connection, open_connection
 from .errors import EngineDied, EngineStartFailed, EngineUnavailable, QueueFull
@@ -82,7 +83,8 @@ class EngineClient:
 
     Args:
         config: What the engine runs.
-        max_waiting: Requests beyond ``config.max_num_seqs`` that may be in flight.
+        max_waiting: Requests beyond ``config.max_num_seqs`` that may be in flight; of tenants
+            that have less than their share of them, more.
     """
 
     def __init__(self, config: EngineConfig, max_waiting: int) -> None:
@@ -91,6 +93,7 @@ class EngineClient:
         self._max_in_flight = config.max_num_seqs + max_waiting
         self._listener: EngineListener | None = None
         self._live: dict[str, _Live] = {}
+        self._shares = ActiveShares()
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._unloads: dict[int, asyncio.Future[None]] = {}
         self._connection: Connection | None = None
@@ -158,6 +161,7 @@ class EngineClient:
                 yield update
         finally:
             del self._live[request.request_id]
+            self._shares.leave(request.share.tenant)
             if not ended:
                 self._try_send(Abort([request.request_id]))
 
@@ -197,11 +201,19 @@ class EngineClient:
         self._try_send(PinAdapter(adapter_id, pinned))
 
     def _admit(self, request: GenerationRequest) -> _Live:
-        if len(self._live) >= self._max_in_flight:
+        if not self._has_room(request.share):
             raise QueueFull(f"{len(self._live)} requests are in flight, as many as may be")
         self._send(Submit(request))
         live = self._live[request.request_id] = _Live(request)
+        self._shares.join(request.share)
         return live
+
+    def _has_room(self, share: Share) -> bool:
+        """Whether one more may be in flight; where others fill the queue, up to its share of it."""
+        if len(self._live) < self._max_in_flight:
+            return True
+        own = self._shares.number(share.tenant)
+        return own < self._shares.with_one_more(share) * self._max_in_flight
 
     def _try_send(self, command: Command) -> bool:
         return self._connection is not None and self._connection.try_send(command)

@@ -244,7 +244,7 @@ class Engine:
         live.holding = True
         several = len(request.adapters) > 1
         for each in request.adapters:
-            if not self._host.hold(each.adapter_id, first=several):
+            if not self._host.hold(each.adapter_id, several, request.share.tenant):
                 live.missing.add(each.adapter_id)
                 self._registrations[each.adapter_id].waiting.add(request.request_id)
         if not live.missing:

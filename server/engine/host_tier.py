@@ -12,7 +12,7 @@ that does not fit beside the pinned ones, and for those of one request that need
 
 import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,12 @@ from queue import SimpleQueue
 
 from ...adapters.errors import AdapterCorrupt, AdapterError, AdapterTooLarge
 from ...adapters.primitives.lowered import LoweredAdapter
+from .load_queue import LoadQueue
 
 Lower = Callable[[Path], LoweredAdapter]
+
+_AHEAD = 2
+"""Loads that the loader is given at once, so that it need not wait for the engine."""
 
 _LAST_LOAD_SECONDS = 5.0
 """How long the process waits at its end for a load that has begun."""
@@ -71,7 +75,7 @@ class HostTier:
         self._urgent: set[int] = set()
         self._changed: dict[int, bool] = {}
         """Of adapters that came or went since the last report: whether they were there before."""
-        self._pending: deque[int] = deque()
+        self._pending = LoadQueue()
         self._loading: set[int] = set()
         self._loader = _Loader(lower)
         self.wakeup = self._loader.wakeup
@@ -82,17 +86,17 @@ class HostTier:
         self._sources[adapter_id] = _Source(path, digest)
         self._ask_for(adapter_id)
 
-    def hold(self, adapter_id: int, first: bool = False) -> bool:
+    def hold(self, adapter_id: int, first: bool = False, tenant: str = "") -> bool:
         """Keep the adapter in host memory for one more request; True if it is ready now.
 
-        Where it is not, it will be loaded, ``first`` before all others that wait to be, and
-        ``completed`` will tell.
+        Where it is not, it will be loaded when it is the ``tenant``'s turn, or ``first`` before all
+        others that wait to be, and ``completed`` will tell.
         """
         self._holders[adapter_id] += 1
         if adapter_id in self._ready:
             self._ready.move_to_end(adapter_id)
             return True
-        self._ask_for(adapter_id, first)
+        self._ask_for(adapter_id, first, tenant)
         return False
 
     def release(self, adapter_id: int) -> None:
@@ -146,8 +150,7 @@ class HostTier:
         self._sources.pop(adapter_id, None)
         if adapter_id in self._ready:
             self._drop(adapter_id)
-        if adapter_id in self._pending:
-            self._pending.remove(adapter_id)
+        self._pending.remove(adapter_id)
         self._pinned.discard(adapter_id)
         self._urgent.discard(adapter_id)
 
@@ -194,31 +197,33 @@ class HostTier:
             )
         return None
 
-    def _ask_for(self, adapter_id: int, first: bool = False) -> None:
+    def _ask_for(self, adapter_id: int, first: bool = False, tenant: str = "") -> None:
         if adapter_id in self._loading:
             return
         if first:
             self._urgent.add(adapter_id)
-            if adapter_id in self._pending:
-                self._pending.remove(adapter_id)
-            self._pending.appendleft(adapter_id)
-        elif adapter_id not in self._pending:
-            self._pending.append(adapter_id)
+            self._pending.add_first(adapter_id)
+        else:
+            self._pending.add(adapter_id, tenant)
         self._start_loads()
 
     def _start_loads(self) -> None:
-        """Hand pending loads to the loader, in order, while what is held leaves room for them."""
+        """Hand pending loads to the loader, in turn, while what is held leaves room for them.
+
+        A few at a time: what the loader has, another tenant's load cannot pass.
+        """
         if not self._pending:
             return
         taken = self._held_bytes()
         taken += sum(self._sources[one].num_bytes for one in self._loading if one in self._sources)
-        while self._pending:
-            source = self._sources[self._pending[0]]
-            pinned = 0 if self._pending[0] in self._urgent else self._idle_pinned_bytes()
+        while self._pending and len(self._loading) < _AHEAD:
+            adapter_id = self._pending.first()
+            source = self._sources[adapter_id]
+            pinned = 0 if adapter_id in self._urgent else self._idle_pinned_bytes()
             if taken and taken + pinned + source.num_bytes > self._budget:
                 return
             taken += source.num_bytes
-            adapter_id = self._pending.popleft()
+            self._pending.pop()
             self._loading.add(adapter_id)
             self._loader.load(adapter_id, source.path)
 

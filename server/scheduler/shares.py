@@ -28,7 +28,7 @@ class ActiveShares:
         self._weights[tenant] = share.weight
         self._left.pop(tenant, None)
 
-    def leave(self, tenant: str, now: int) -> None:
+    def leave(self, tenant: str, now: int = 0) -> None:
         """One less, at a time ``now``."""
         self._sequences[tenant] -= 1
         if self._sequences[tenant]:
@@ -36,6 +36,15 @@ class ActiveShares:
         weight = self._weights.pop(tenant)
         self._left[tenant] = weight, now
         self._total = self._total - weight if self._weights else 0.0  # no rounding is left
+
+    def number(self, tenant: str) -> int:
+        """Sequences of the tenant."""
+        return self._sequences[tenant]
+
+    def with_one_more(self, share: Share) -> float:
+        """What the tenant's share is once it has another sequence."""
+        others = self._total - self._weights.get(share.tenant, 0.0)
+        return share.weight / (others + share.weight)
 
     def left_since(self, then: int) -> str | None:
         """The last tenant that ran out of work, unless that was before ``then``."""

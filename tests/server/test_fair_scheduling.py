@@ -1,10 +1,17 @@
 """What tenants get of a machine they share: simulated, with neither a model nor a clock."""
 
+import asyncio
 from random import Random
 
 import numpy as np
 import pytest
+from msgspec import structs
 
+from deltamux.server.engine.client import EngineClient
+from deltamux.server.engine.errors import QueueFull
+from deltamux.server.generation import Share
+
+from .harness import engine_config, make_request
 from .market import Market
 
 SIZES = {"a": (300, 4), "b": (8, 60), "c": (64, 64), "d": (150, 10), "e": (16, 16)}
@@ -214,3 +221,25 @@ def test_what_the_cache_holds_is_free_and_recomputing_is_not_charged():
         market.step()
     assert again.sequence.num_cached_tokens == 36
     assert market.scheduler._counters.counter("a") == counter + (4 + 2) / 2
+
+
+def test_a_flood_that_fills_the_queue_leaves_others_their_share_of_it(tmp_path):
+    async def ask():
+        client = EngineClient(engine_config(tmp_path, max_num_seqs=4), max_waiting=16)
+        client._send = lambda command: None  # there is no engine
+
+        def admit(tenant, number):
+            request = make_request(f"{tenant}-{number}", [1])
+            client._admit(structs.replace(request, share=Share(tenant)))
+
+        for number in range(20):
+            admit("flood", number)
+        with pytest.raises(QueueFull):
+            admit("flood", 20)
+        for number in range(10):
+            admit("steady", number)
+        for tenant in ("steady", "flood"):
+            with pytest.raises(QueueFull):
+                admit(tenant, 30)
+
+    asyncio.run(ask())

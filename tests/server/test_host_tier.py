@@ -13,7 +13,7 @@ from deltamux.adapters.layout import LinearTarget
 from deltamux.adapters.primitives.linear import Affine
 from deltamux.adapters.primitives.lowered import LoweredAdapter, Part
 from deltamux.adapters.scope import EveryPosition
-from deltamux.server.engine.host_tier import HostTier
+from deltamux.server.engine.host_tier import HostTier, _Source
 
 TARGET = LinearTarget("m", 0, 4, 100, False)
 ADAPTER_BYTES = 400
@@ -261,3 +261,23 @@ def test_a_pinned_adapter_that_is_refused_is_not_read_for_ever(tier, shelf):
     tier.hold(4)
     tier.release(4)
     assert len(shelf.read) == read
+
+
+def test_tenants_take_turns_in_being_read_for(shelf):
+    shelf.folders = {str(one): make_adapter(str(one)) for one in range(20)}
+    tier = HostTier(shelf.lower, budget=100 * ADAPTER_BYTES)
+    try:
+        for one in range(20):
+            tier._sources[one] = _Source(Path(str(one)), None)
+        for one in range(15):
+            tier.hold(one, tenant="flood")
+        for one in (15, 16, 3):
+            tier.hold(one, tenant="steady")
+        tier.hold(17, first=True, tenant="urgent")
+        while len(tier.ready()) < 18:
+            wait_for_load(tier)
+        assert shelf.read[2] == "17"
+        assert {"15", "16", "3"} <= set(shelf.read[:9])
+        assert len(shelf.read) == 18
+    finally:
+        tier.close()
