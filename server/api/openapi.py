@@ -36,13 +36,14 @@ _ERRORS = {
     404: "There is no such model, adapter or path.",
     413: "The body is too large.",
     415: "The body does not say that it is JSON.",
-    429: "The queue is full; try again after `Retry-After` seconds.",
+    429: "The queue is full, or a tenant's limit is reached; see `Retry-After`.",
     500: "The engine gave this request up.",
     501: "A later release will serve this.",
     503: "The engine is starting or restarting; try again after `Retry-After` seconds.",
+    504: "The request had not begun to run when its `deadline_ms` had passed.",
 }
 _BODY = (400, 413, 415)
-_GENERATION = (*_BODY, 404, 429, 500, 503)
+_GENERATION = (*_BODY, 404, 429, 500, 503, 504)
 _MANAGEMENT = (403, 404)
 
 

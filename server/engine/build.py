@@ -37,7 +37,7 @@ _LEAST_CAPABILITY = (8, 0)
 _ADAPTER_SLOTS_PER_SEQUENCE = 4
 """Parts of adapters that may be on the device, per sequence that may run: some are kept warm."""
 
-_STEP_OVERHEAD = {"cpu": 20, "cuda": 256}
+_STEP_OVERHEAD = {"cpu": 16, "cuda": 256}
 """Rows that take as long as a decode step's fixed cost: measured on the first, where a step with
 prompts has a larger one; the operations per byte of the second."""
 

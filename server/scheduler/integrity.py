@@ -30,9 +30,10 @@ def check_books(
     located = [*running.values(), *queued]
     if len(located) != len(live) or set(located) != set(live) or len(queued) != len(waiting):
         raise AccountingError("a live sequence does not either run or wait")
-    tenants = list(dict.fromkeys(each.tenant for each in queued))
-    if queued != sorted(queued, key=lambda each: (tenants.index(each.tenant), each.order)):
-        raise AccountingError("the waiting queue is out of order")
+    for tenant in {each.tenant for each in queued}:
+        orders = [each.order for each in queued if each.tenant == tenant]
+        if orders != sorted(orders):
+            raise AccountingError("the waiting queue is out of order")
     if any(sequence.block_table or sequence.num_computed_tokens for sequence in queued):
         raise AccountingError("a waiting sequence holds blocks")
     if running.num_rows != sum(map(rows_of, running.values())):

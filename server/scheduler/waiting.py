@@ -6,7 +6,7 @@ is, its counter says.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from operator import attrgetter
 
 from .counters import ServiceCounters
@@ -39,8 +39,9 @@ class WaitingQueue:
         return sequence in self._waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All of them, tenant by tenant, each one's in order."""
-        return (sequence for line in self._lines.values() for sequence in line)
+        """All of them: the first of each tenant, then the second of each, and so on."""
+        ranks = zip_longest(*self._lines.values())
+        return (sequence for rank in ranks for sequence in rank if sequence is not None)
 
     def add(self, sequence: Sequence) -> None:
         """Put the sequence in its place in its tenant's line, behind those of equal order."""
