@@ -49,7 +49,8 @@ class StepSharing:
             yield Step(self._rows_alone(number))
             return
         rows = shared_rows(self._demands(), self.shares.of, self.limits)
-        step = Step(rows, lambda tenant: max(1, int(self.shares.of(tenant) * rows)))
+        budget = min(rows + self._beam_rows(), self.limits.max_num_batched_tokens)
+        step = Step(budget, lambda tenant: max(1, int(self.shares.of(tenant) * rows)))
         step.favoured = self._favoured()
         yield step
         step.quota = None
@@ -63,6 +64,11 @@ class StepSharing:
         expected = self.shares.left_since(number - RECENT)
         demands = {} if expected is None else {expected: SHORT_PROMPT}
         return shared_rows(demands, self.shares.of, self.limits)
+
+    def _beam_rows(self) -> int:
+        """Rows of beams that go on: they all do, and take nothing of what others may have."""
+        groups = (each.group for each in self.running.values())
+        return sum(group is not None and group.is_ready for group in groups)
 
     def _demands(self) -> dict[str, int]:
         """Rows that each tenant would have in a step, were it alone.

@@ -3,7 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from deltamux.server.generation import GenerationRequest, SamplingParams, Share
+from deltamux.server.generation import (
+    GenerationRequest,
+    SamplingParams,
+    Share,
+    TokenLogprobs,
+)
 from deltamux.server.scheduler.block_manager import BlockManager
 from deltamux.server.scheduler.limits import SchedulerLimits
 from deltamux.server.scheduler.plan import SequenceResult
@@ -74,12 +79,12 @@ class Market:
         self.service = Counter()
         self.computed = Counter()
 
-    def ask(self, tenant, prompt, output, *, weight=1.0, adapter=None, **request):
+    def ask(self, tenant, prompt, output, *, weight=1.0, adapter=None, beams=None, **request):
         name = f"{tenant}-{len(self.told)}"
         asked = GenerationRequest(
             request_id=name,
             prompt_token_ids=[len(self.told) % VOCAB] * prompt,
-            sampling=SamplingParams(max_tokens=output, seed=0),
+            sampling=SamplingParams(max_tokens=output, seed=0, beams=beams),
             share=Share(tenant, weight),
             **request,
         )
@@ -105,13 +110,20 @@ class Market:
         self.now += (self.scheduler.limits.step_overhead + plan.num_tokens) / self.speed
         for item in plan.scheduled:
             self._count(item)
-        results = [SequenceResult(7 if item.samples else None) for item in plan.scheduled]
+        results = [self._result(item) for item in plan.scheduled]
         for update in self.scheduler.commit(plan, results):
             told = self.told[update.request_id]
             told.tokens += [self.now] * len(update.token_ids)
             told.ended = update.finish_reason is not None
         self.check()
         return {item.sequence.request.request_id for item in plan.scheduled}
+
+    @staticmethod
+    def _result(item):
+        if not item.samples:
+            return SequenceResult(None)
+        ranked = TokenLogprobs(7, -0.1, 1, [(token, -0.1 * token) for token in range(1, 9)])
+        return SequenceResult(7, None if item.sequence.group is None else ranked)
 
     def _count(self, item):
         """Service as the paper defines it, of what is computed for the first time."""

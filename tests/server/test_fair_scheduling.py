@@ -9,7 +9,7 @@ from msgspec import structs
 
 from deltamux.server.engine.client import EngineClient
 from deltamux.server.engine.errors import QueueFull
-from deltamux.server.generation import Share
+from deltamux.server.generation import BeamSearch, Share
 
 from .harness import engine_config, make_request
 from .market import Market
@@ -187,6 +187,19 @@ def test_a_flood_that_waits_for_adapters_holds_up_nobody_else():
         while not steady.ended:
             market.step()
         assert steady.ttft <= 4 * 100, number
+
+
+def test_beams_that_go_on_together_leave_others_their_rows():
+    market = Market(seqs=8, overhead=0)
+    search = market.ask("search", 8, 60, beams=BeamSearch(6, 1.0, 1))
+    steady = market.ask("steady", 8, 20)
+    for _ in range(40):
+        market.step()
+    assert steady.ended
+    assert not search.ended
+    while market.scheduler.has_work:
+        market.step()
+    assert search.ended
 
 
 def test_priority_and_deadline_order_within_a_tenant_alone():
