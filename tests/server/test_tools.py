@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import jsonschema
@@ -18,24 +17,9 @@ from deltamux.server.tools.forced import Function, forced_calls
 from deltamux.server.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, format_of
 from deltamux.server.tools.parser import Parsed, ToolCall, ToolParser
 
-from ..tiny_models import make_tiny, make_tokenizer
+from ..tiny_models import make_tokenizer
 from .fake_engine import Running, byte_level_tokenizer, serving
-from .running import running_server
-
-HERMES_TEMPLATE = """
-{%- if tools %}<|im_start|>system
-# Tools
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools>
-Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
-{% endif %}
-{%- for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+from .served import HERMES_TEMPLATE, served
 
 WEATHER = {
     "type": "function",
@@ -263,21 +247,10 @@ def test_a_base_that_was_not_taught_tools_refuses_them(server, client):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny random model that writes calls when it must: nobody taught it."""
-    folder = make_tiny("llama", tmp_path_factory.mktemp("tools"), max_position_embeddings=4096)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = HERMES_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def forced(model, tmp_path_factory) -> Iterator[openai.OpenAI]:
-    log = tmp_path_factory.mktemp("log") / "log"
-    options = ["--served-model-name", "base", "--memory-budget", "16MiB", "--dtype", "float32"]
+def forced(tmp_path_factory) -> Iterator[openai.OpenAI]:
+    """Asks a tiny random model, which writes calls when it must: nobody taught it."""
     with (
-        running_server(model, *options, log=log, OMP_NUM_THREADS="1") as running,
+        served(tmp_path_factory.mktemp("tools"), adapters=()) as running,
         openai.OpenAI(base_url=running.openai_url, api_key="none", max_retries=0) as client,
     ):
         yield client
