@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 MAX_FIELDS = 128
+MAX_DEPTH = 100
+"""Of fields that may hold anything; what reads them goes down to some depth only."""
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -77,10 +79,24 @@ class Body(BaseModel):
         raise refuse(name, f"{name!r} is not served by this release; leave it out.")
 
 
-def is_utf8(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuse lone surrogates where no type of a field does; UnicodeEncodeError is a ValueError."""
-    json.dumps(value, ensure_ascii=False).encode()
+def is_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what Python reads as JSON and others do not, in fields that may hold anything.
+
+    Raises:
+        ValueError: Lone surrogates, NaN and infinities; UnicodeEncodeError is one.
+        PydanticCustomError: It is nested more than ``MAX_DEPTH`` deep.
+    """
+    if _is_deeper(value, MAX_DEPTH):
+        raise PydanticCustomError("depth", "it is nested more than {n} deep", {"n": MAX_DEPTH})
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(is_utf8)]
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(is_json)]

@@ -188,7 +188,7 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("post", "/detokenize"): RouteDoc(
         {"prompt": "Hello,"}, (*_BODY, 404, 503), {"tokens": [19556, 28]}
     ),
-    ("get", "/v1/adapters"): RouteDoc({"object": "list", "data": [_ADAPTER]}, (403,)),
+    ("get", "/v1/adapters"): RouteDoc({"object": "list", "data": [_ADAPTER]}, (400, 403)),
     ("post", "/v1/adapters"): RouteDoc(
         _ADAPTER,
         (*_BODY, *_MANAGEMENT, 503),

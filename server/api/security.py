@@ -59,13 +59,21 @@ def _require_loopback(request: Request) -> None:
     # A page of another server may send a form without asking first, and one that was let in by
     # --cors-origin any body.
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and _host_of(origin) != request.headers.get("host"):
         raise ManagementForbidden(f"This server is not managed from the web page {origin}.")
     hosts = [request.client.host if request.client else "", _named_host(request)]
     if proxied or not all(map(_is_loopback, hosts)):
         raise ManagementForbidden(
             "This server is managed from its own machine only (127.0.0.1), or with admin keys."
         )
+
+
+def _host_of(origin: str) -> str:
+    """With its port; empty where the origin names none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _named_host(request: Request) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .body import Body, JsonObject, Text
+from .body import Body, JsonObject, Text, is_json
 
 MAX_TOOLS = 128
 
@@ -60,6 +60,7 @@ def _is_object(text: str) -> str:
         ) from error
     if not isinstance(value, dict):
         raise PydanticCustomError("arguments", "arguments are the text of a JSON object")
+    is_json(value)
     return text
 
 

@@ -94,8 +94,12 @@ def grammar_of(constraint: Constraint) -> str:
 
 def _json_grammar(constraint: JsonSchema) -> str:
     options: JsonCompileOptions = {**JSON_OPTIONS, "whitespace_pattern": constraint.whitespace}
-    # Overrides, so that no schema can ask for keywords to be ignored.
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(constraint.schema), overrides=options))
+    schema = json.dumps(constraint.schema)
+    try:
+        # Overrides, so that no schema can ask for keywords to be ignored.
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))
+    except ValueError as error:
+        raise GrammarRefused(str(error)) from error
 
 
 def _as_lark(text: str) -> str:

@@ -68,9 +68,13 @@ def parse_source(text: str) -> Source:
         raise SourceRefused(f"{text[:100]!r} names no place of an adapter")
     if "://" not in text:
         return Source(SourceKind.LOCAL, str(Path(text).resolve()))
+    try:
+        url = urlsplit(text)
+    except ValueError as error:
+        # Neither text nor error is shown: both may hold a password.
+        raise SourceRefused("the source is no URL: write scheme://host/path") from error
     if "::" in text:
         raise SourceRefused(f"{_shown(text)}: chained URLs are not fetched")
-    url = urlsplit(text)
     if url.query or url.fragment or url.username or url.password:
         raise SourceRefused(
             f"{_shown(text)}: name adapters without credentials, query and fragment, which the "

@@ -71,6 +71,8 @@ OUT_OF_RANGE = [
     ("guided_json", {"allOf": [{"pattern": f"a{{{number}}}"} for number in range(1, 40)]}),
     *[("guided_regex", value) for value in ("", "(", "(?=a)b", "\ud800", 5)],
     ("guided_json", {"enum": ["\ud800"]}),
+    ("guided_json", {"enum": [float("nan")]}),
+    ("guided_json", {"enum": json.loads("[" * 200 + "]" * 200)}),
     ("guided_choice", ["x" * 300_000]),
     ("__class__", 1),
 ]

@@ -70,7 +70,8 @@ def test_web_pages_are_kept_out_unless_their_origin_is_named(server):
 
 
 def test_web_pages_do_not_manage_adapters(server):
-    for origin, status in ((None, 200), (server.url, 200), ("https://a.example", 403)):
+    foreign = ("https://a.example", "null", "http://[", "")
+    for origin, status in ((None, 200), (server.url, 200), *((each, 403) for each in foreign)):
         headers = {} if origin is None else {"Origin": origin}
         answer = httpx.get(f"{server.url}/v1/adapters", headers=headers)
         assert answer.status_code == status

@@ -92,7 +92,13 @@ def test_kinds_of_sources(text, kind):
 
 NO_SOURCES = ["", " ", "a\0b", "x" * 5000, "hf://name", "https://user:secret@host/a"]
 NO_SOURCES += ["s3://b/a?key=secret", "https://host/a#b", "s3://b/../c", "s3://b/%2e%2e/c"]
-NO_SOURCES += ["simplecache::s3://b/a", "s3://b/..\\c"]
+NO_SOURCES += [
+    "simplecache::s3://b/a",
+    "s3://b/..\\c",
+    "http://[",
+    "http://[::",
+    "https://x:secret@[",
+]
 
 
 @pytest.mark.parametrize("text", NO_SOURCES)
