@@ -104,13 +104,20 @@ class CalledTool(Struct, frozen=True):
     type: str = "function"
 
 
+class CalledFunctionDelta(Struct, frozen=True):
+    """More of a call: its name comes first, then its arguments in pieces."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
 class CalledToolDelta(Struct, frozen=True):
-    """A call that a chunk adds, whole."""
+    """What a chunk adds to a call; what does not change comes with its first."""
 
     index: int
-    id: str
-    function: CalledFunction
-    type: str = "function"
+    function: CalledFunctionDelta
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
 
 
 class ChatMessage(Struct, frozen=True):

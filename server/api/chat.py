@@ -80,7 +80,8 @@ class _Format:
 
     def chunk(self, delta: ChoiceDelta, usage: Usage | UnsetType | None) -> ChatChunk:
         calls = self.calls[delta.index]
-        text, called = calls.take(delta.text, delta.finish_reason is not None)
+        text, parts = calls.take(delta.text, delta.finish_reason is not None)
+        called = calls.deltas(parts)
         choice = ChatChunkChoice(
             index=delta.index,
             delta=ChatDelta(
@@ -109,11 +110,11 @@ class _Format:
 
     def _choice(self, choice: Gathered) -> ChatChoice:
         calls = self.calls[choice.index]
-        text, called = calls.take(choice.text, is_last=True)
-        tool_calls = whole_calls(called) or UNSET
+        text, parts = calls.take(choice.text, is_last=True)
+        called = whole_calls(parts)
         return ChatChoice(
             index=choice.index,
-            message=ChatMessage(None if called and not text else text, tool_calls),
+            message=ChatMessage(None if called and not text else text, called or UNSET),
             logprobs=self._logprobs(choice.scored),
             finish_reason=calls.finish_reason(choice.finish_reason) or "",
             stop_reason=choice.stop_reason,

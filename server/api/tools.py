@@ -1,12 +1,15 @@
 """Tool calling in chat: what is checked before, and calls found in what the model writes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+from msgspec.structs import replace
+
 from ..tools.forced import Function, forced_calls
 from ..tools.formats import ToolFormat
-from ..tools.parser import Parsed, ToolCall, ToolParser
-from .answers import CalledFunction, CalledTool, CalledToolDelta
+from ..tools.parser import CallPart, Parsed, ToolParser, joined
+from .answers import CalledFunction, CalledFunctionDelta, CalledTool, CalledToolDelta
 from .constrain import checked_grammar, output_grammar
 from .errors import InvalidRequest
 from .protocol import ChatBody
@@ -72,26 +75,53 @@ class ChoiceCalls:
         """Start at the beginning of the output."""
         self._parser = None if self.form is None else ToolParser(self.form)
 
-    def take(self, text: str, is_last: bool) -> tuple[str, list[CalledToolDelta]]:
-        """The text that is in no call, and the calls that are complete now."""
+    def take(self, text: str, is_last: bool) -> tuple[str, list[CallPart]]:
+        """The text that is in no call, and what is new of the calls."""
         if self._parser is None:
             return text, []
         parsed = self._parser.push(text)
         if is_last:
             parsed += Parsed(self._parser.flush())
-        return parsed.text, [self._numbered(call) for call in parsed.calls]
+        return parsed.text, list(parsed.parts)
+
+    def deltas(self, parts: Iterable[CallPart]) -> list[CalledToolDelta]:
+        """The parts as a stream tells them, at most one for each call."""
+        found: dict[int, CalledToolDelta] = {}
+        for part in parts:
+            if part.name is not None:
+                self._number += 1
+                found[self._number] = _first(self._number - 1, part)
+            else:
+                before = found.get(self._number)
+                found[self._number] = _more(before, self._number - 1, part.arguments)
+        return [*found.values()]
 
     def finish_reason(self, delta_reason: str | None) -> str | None:
-        """Why the choice ended, as OpenAI's API says it."""
-        calls = self._number and not self.named and delta_reason == "stop"
+        """Why the choice ended, as OpenAI's API says it; what broke off is no call to be made."""
+        if self._parser is None or self.named or delta_reason != "stop":
+            return delta_reason
+        calls = self._parser.has_calls and self._parser.is_whole
         return "tool_calls" if calls else delta_reason
 
-    def _numbered(self, call: ToolCall) -> CalledToolDelta:
-        index, self._number = self._number, self._number + 1
-        function = CalledFunction(call.name, call.arguments)
-        return CalledToolDelta(index, f"call_{uuid4().hex[:24]}", function)
+
+def _first(index: int, part: CallPart) -> CalledToolDelta:
+    function = CalledFunctionDelta(part.arguments, part.name or "")
+    return CalledToolDelta(index, function, _new_id(), "function")
 
 
-def whole_calls(deltas: list[CalledToolDelta]) -> list[CalledTool]:
+def _more(before: CalledToolDelta | None, index: int, arguments: str) -> CalledToolDelta:
+    if before is None:
+        return CalledToolDelta(index, CalledFunctionDelta(arguments))
+    function = replace(before.function, arguments=before.function.arguments + arguments)
+    return replace(before, function=function)
+
+
+def _new_id() -> str:
+    return f"call_{uuid4().hex[:24]}"
+
+
+def whole_calls(parts: Iterable[CallPart]) -> list[CalledTool]:
     """The calls of an answer that is not streamed."""
-    return [CalledTool(each.id, each.function) for each in deltas]
+    return [
+        CalledTool(_new_id(), CalledFunction(each.name, each.arguments)) for each in joined(parts)
+    ]

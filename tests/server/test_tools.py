@@ -2,19 +2,29 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 import httpx
 import jsonschema
 import msgspec
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltamux.server.grammar.constraint import grammar_of
 from deltamux.server.grammar.matcher import Matcher
 from deltamux.server.grammar.vocabulary import VocabularySource
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.forced import Function, forced_calls
-from deltamux.server.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, format_of
+from deltamux.server.tools.formats import (
+    FORMATS,
+    HERMES,
+    LLAMA3_JSON,
+    MISTRAL,
+    ToolFormat,
+    format_of,
+)
 from deltamux.server.tools.parser import Parsed, ToolCall, ToolParser
 
 from ..tiny_models import make_tokenizer
@@ -84,6 +94,37 @@ OUTPUTS = {
         '<tool_call>\n{"name": "clo',
         [],
     ),
+    "hermes, spaced as the model likes": (
+        HERMES,
+        '<tool_call> { "name" : "clock","arguments":{"hours" :12} , "id": "}"}</tool_call>',
+        "",
+        [ToolCall("clock", '{"hours" :12}')],
+    ),
+    "hermes, cut off": (
+        HERMES,
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par',
+        "",
+        [ToolCall("get_weather", '{"city": "Par')],
+    ),
+    "hermes, no JSON": (
+        HERMES,
+        f'<tool_call>{{"name": "f", "arguments": {{"a": [1}}}}</tool_call><tool_call>{NOON_JSON}'
+        "</tool_call>",
+        "",
+        [ToolCall("f", '{"a": [1}}'), NOON],
+    ),
+    "hermes, a lone surrogate": (
+        HERMES,
+        '<tool_call>{"arguments": {"q": "\\ud800"}, "name": "clock"}</tool_call>',
+        "",
+        [ToolCall("clock", '{"q": "\\ud800"}')],
+    ),
+    "hermes, a name alone": (
+        HERMES,
+        '<tool_call>{"name": "clock"}</tool_call>',
+        "",
+        [ToolCall("clock", "{}")],
+    ),
     "hermes, no call": (HERMES, "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
     "hermes, like a call": (HERMES, "1 <tool 2 < tool_call>", "1 <tool 2 < tool_call>", []),
     "mistral": (MISTRAL, f"[TOOL_CALLS][{PARIS_JSON}, {NOON_JSON}]", "", [PARIS, NOON]),
@@ -113,11 +154,40 @@ OUTPUTS = {
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_calls_are_found_however_the_output_is_cut(name, size):
     form, output, text, calls = OUTPUTS[name]
+    parsed = parsed_in_pieces(form, output, size)
+    assert (parsed.text, parsed.calls) == (text, calls)
+
+
+def parsed_in_pieces(form: ToolFormat, output: str, size: int) -> Parsed:
     parser, parsed = ToolParser(form), Parsed()
     for start in range(0, len(output), size):
         parsed += parser.push(output[start : start + size])
-    parsed += Parsed(parser.flush())
-    assert parsed == Parsed(text, tuple(calls))
+    return parsed + Parsed(parser.flush())
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral", "mistral, new", "llama", "hermes, cut off"])
+def test_arguments_come_in_pieces_behind_their_name(name):
+    form, output, _, _ = OUTPUTS[name]
+    first, *rest = parsed_in_pieces(form, output, 1).parts
+    assert (first.name is not None, first.arguments) == (True, "")
+    assert len(rest) >= 10
+    assert all(len(part.arguments) <= 1 for part in rest)
+
+
+@given(data=st.data())
+def test_any_output_is_read_alike_however_it_is_cut(data):
+    """Also what is no JSON, no call, or torn: nothing raises, and nothing depends on the pieces."""
+    form = data.draw(st.sampled_from([*FORMATS.values()]))
+    signs = ["{", "}", "[", "]", '"', "\\", ":", ",", " ", "a", "1", "\n", "<", "ü"]
+    parts = [form.begin, form.end, '{"name": "f", ', f'"{form.arguments}": ', PARIS_JSON, *signs]
+    output = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=30)))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(output)), max_size=8)))
+    parser, cut = ToolParser(form), Parsed()
+    for start, end in pairwise([0, *cuts, len(output)]):
+        cut += parser.push(output[start:end])
+    cut += Parsed(parser.flush())
+    whole = parsed_in_pieces(form, output, max(len(output), 1))
+    assert (cut.text, cut.calls) == (whole.text, whole.calls)
 
 
 def test_a_format_is_told_by_the_template():
@@ -171,6 +241,26 @@ def test_calls_are_streamed_as_the_client_adds_them_up(scripted, asker):
     assert choice.message.content == "Let me look."
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather", "clock"]
     assert json.loads(choice.message.tool_calls[1].function.arguments) == {"hours": 12}
+
+
+def test_names_and_arguments_are_streamed_as_they_are_written(scripted, asker):
+    """Equal in the end to what is answered whole, also where the output was cut off."""
+    scripted.engine.reply = lambda _: OUTPUTS["hermes, several behind text"][1]
+    for limit in (1000, 80):
+        [whole] = asker.chat.completions.create(**ASK, max_tokens=limit).choices
+        stream = asker.chat.completions.create(**ASK, max_tokens=limit, stream=True)
+        deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
+        pieces = [call for delta in deltas for call in delta.tool_calls or []]
+        assert len(pieces) > 10
+        for index, call in enumerate(whole.message.tool_calls):
+            first, *rest = [piece for piece in pieces if piece.index == index]
+            assert (first.function.name, first.type) == (call.function.name, "function")
+            assert first.id.startswith("call_")
+            assert {(each.id, each.function.name) for each in rest} == {(None, None)}
+            arguments = "".join(each.function.arguments for each in (first, *rest))
+            assert arguments == call.function.arguments
+    assert whole.finish_reason == "length"
+    assert not whole.message.tool_calls[-1].function.arguments.endswith("}")
 
 
 def test_an_answer_without_calls_is_as_ever(scripted, asker):
@@ -335,4 +425,4 @@ def test_calls_that_begin_with_a_special_token_are_forced_with_that_token():
         matcher = Matcher(vocabulary.compile(grammar), vocabulary, may_end_early=True)
         assert all(map(matcher.accept, token_ids)) is accepted
     text = tokenizer.decode(output, skip_special_tokens=False)
-    assert ToolParser(MISTRAL).push(text).calls == (NOON, NOON)
+    assert ToolParser(MISTRAL).push(text).calls == [NOON, NOON]
