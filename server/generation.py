@@ -116,6 +116,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         deadline: When it must have begun to run, in seconds of the machine's monotonic clock; of
             equal priority, the earliest runs first.
         share: Whose it is.
+        embeds: Whether the last token's hidden state is asked for, and no token.
         output_token_ids: Tokens already generated, to resume where another engine stopped.
     """
 
@@ -127,6 +128,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     deadline: float | None = None
     share: Share = Share()
+    embeds: bool = False
     output_token_ids: list[int] = []
 
 
@@ -176,6 +178,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
         beams: What beam search found, best first, on its only update.
         scheduled: On the first update after it, when the sequence was part of a step for the first
             time, as ``time.monotonic`` tells it, which all processes of a machine share.
+        hidden: (hidden,) float32, little-endian: the last token's state behind the final norm, on
+            the only update of a request that ``embeds``.
     """
 
     request_id: str
@@ -189,3 +193,4 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     expired: bool = False
     beams: list[BeamAnswer] = []
     scheduled: float | None = None
+    hidden: bytes | None = None

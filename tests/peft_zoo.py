@@ -27,6 +27,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 OPTIONS_FILE = "deltamux.json"
 KINDS = {config: kind.value.lower() for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -195,6 +196,12 @@ class PeftOracle:
         rows = _logits(model, prompt, len(prompt), options)[:-1].log_softmax(-1)
         return rows.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
+    def hidden(self, prompt: list[int], adapter: Path | None = None) -> Tensor:
+        """(hidden,): the last token's state behind the final norm."""
+        model, options = self._model(adapter)
+        out = _outputs(model, prompt, len(prompt), options, output_hidden_states=True)
+        return out.hidden_states[-1][0, -1].float()
+
     def _model(self, adapter: Path | None) -> tuple[nn.Module, Mapping[str, Any]]:
         if adapter is None:
             return self.model, {}
@@ -255,12 +262,21 @@ def _apply(moves: list[_Move], size: float) -> None:
         move.parameter.copy_(move.start + size * move.step)
 
 
-@torch.inference_mode()
 def _logits(
     model: nn.Module, tokens: list[int], prompt_length: int, options: Mapping[str, Any]
 ) -> Tensor:
     """Float32 logits (len(tokens), vocabulary), those of virtual tokens left out."""
-    extra: dict[str, Any] = {}
+    return _outputs(model, tokens, prompt_length, options).logits[0, -len(tokens) :].float()
+
+
+@torch.inference_mode()
+def _outputs(
+    model: nn.Module,
+    tokens: list[int],
+    prompt_length: int,
+    options: Mapping[str, Any],
+    **extra: Any,
+) -> CausalLMOutput:
     if isinstance(model, PeftModel):
         if "task_id" in options:
             extra["task_ids"] = torch.tensor([options["task_id"]])
@@ -269,8 +285,7 @@ def _logits(
             start = _last_occurrence(wanted, tokens[:prompt_length])
             extra["alora_offsets"] = [None if start is None else len(tokens) - start]
     with _peft():
-        out = model(input_ids=torch.tensor([tokens]), use_cache=False, **extra)
-    return out.logits[0, -len(tokens) :].float()
+        return model(input_ids=torch.tensor([tokens]), use_cache=False, **extra)
 
 
 def _last_occurrence(wanted: list[int], tokens: list[int]) -> int | None:

@@ -21,6 +21,30 @@ class Usage(Struct, frozen=True):
     prompt_tokens_details: CachedTokens
 
 
+class EmbeddingUsage(Struct, frozen=True):
+    """Tokens that were embedded."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, frozen=True):
+    """One vector: numbers, or their bytes (float32, little-endian) in base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingList(Struct, frozen=True):
+    """``/v1/embeddings``."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: str = "list"
+
+
 class CompletionLogprobs(Struct, frozen=True):
     """Log-probabilities in the dialect of completions; the lists have an item per token."""
 

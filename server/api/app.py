@@ -6,7 +6,18 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from . import adapters, chat, completions, errors, health, models, tenants, tokenize, usage
+from . import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    health,
+    models,
+    tenants,
+    tokenize,
+    usage,
+)
 from .caller import Authenticate
 from .observe import Observe
 from .openapi import document
@@ -43,7 +54,8 @@ def create_app(state: AppState, cors_origins: Sequence[str] = ()) -> FastAPI:
         )
     app.add_middleware(Observe, metrics=state.metrics, tracer=state.tracer)
     app.add_middleware(RequestId)
-    for module in (completions, chat, models, tokenize, adapters, tenants, usage, health):
+    served = (completions, chat, embeddings, models, tokenize, adapters, tenants, usage, health)
+    for module in served:
         app.include_router(module.router)
     document(app)
     return app

@@ -112,12 +112,7 @@ class ChoiceText:
         """
         self._prompt_logprobs += update.prompt_logprobs
         self._cached_tokens = max(self._cached_tokens, update.num_cached_tokens)
-        if update.expired:
-            raise DeadlineExceeded("The request had not begun to run when its deadline passed.")
-        if update.finish_reason is FinishReason.ERROR:
-            raise InternalError(f"The engine gave this request up: {update.error}")
-        if update.finish_reason is FinishReason.ABORT:
-            raise ServiceUnavailable("The server ended this request.", headers={"Retry-After": "1"})
+        check_ended_well(update)
         if not update.token_ids and update.finish_reason is None:
             return None
         return self._delta(update)
@@ -170,6 +165,22 @@ class ChoiceText:
         """The token that ended the sequence, if the request named it and not the model."""
         own = update.stop_token_id in self._choice.request.sampling.stop_token_ids
         return update.stop_token_id if own else None
+
+
+def check_ended_well(update: SequenceUpdate) -> None:
+    """Raise where the update says that its sequence came to no good end.
+
+    Raises:
+        DeadlineExceeded: It had not begun to run when its deadline passed.
+        InternalError: The engine gave it up.
+        ServiceUnavailable: The engine ended it without being asked to.
+    """
+    if update.expired:
+        raise DeadlineExceeded("The request had not begun to run when its deadline passed.")
+    if update.finish_reason is FinishReason.ERROR:
+        raise InternalError(f"The engine gave this request up: {update.error}")
+    if update.finish_reason is FinishReason.ABORT:
+        raise ServiceUnavailable("The server ended this request.", headers={"Retry-After": "1"})
 
 
 async def stream_choice(

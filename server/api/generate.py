@@ -14,7 +14,6 @@ from uuid import uuid4
 from fastapi import Request
 
 from ..composition import Composable, check_room
-from ..engine.messages import EngineInfo
 from ..generation import GenerationRequest, TokenLogprobs
 from ..metrics.request import Asked, RequestRecord
 from ..scheduler.limits import longest_sequence
@@ -28,7 +27,7 @@ from .errors import InvalidRequest
 from .logprobs import prompt_tokens
 from .merge import merge
 from .prompts import TokenPrompt
-from .protocol import ChatBody, GenerationBody
+from .protocol import ChatBody, GenerationBody, ModelBody
 from .request_id import request_id
 from .sampling import check_token_ids, max_new_tokens, sampling_params
 from .search import best_answers, stream_beams
@@ -84,7 +83,7 @@ class Job:
         return self.prompts[answer // self.answers_per_prompt]
 
 
-def model_choice(body: GenerationBody, caller: Caller, request: Request) -> ModelChoice:
+def model_choice(body: ModelBody, caller: Caller, request: Request) -> ModelChoice:
     """What a request is to run on, as its caller named it."""
     adapters = tuple((each.name, each.weight) for each in body.adapters)
     sticky = body.user if isinstance(body.user, str) else request_id(request.scope)
@@ -109,7 +108,9 @@ def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
     return [each.version.info.composable for each in state.registry.leases.select(chosen)]
 
 
-def _longest_sequence(adapters: Sequence[Composable], info: EngineInfo, width: int) -> int:
+def longest_of(chosen: ModelChoice, state: AppState, width: int = 1) -> int:
+    """Tokens that a sequence, or each of ``width`` beams, has at most beside these adapters."""
+    adapters, info = _composables(chosen, state), state.require_info()
     return longest_sequence(
         info.max_model_len,
         info.num_blocks,
@@ -136,7 +137,7 @@ def make_job(
         InvalidRequest: Token ids or lengths the model does not have.
     """
     info = state.require_info()
-    max_len = _longest_sequence(_composables(chosen, state), info, max(body.num_beams, 1))
+    max_len = longest_of(chosen, state, max(body.num_beams, 1))
     if body.num_beams > info.max_num_seqs:
         raise InvalidRequest(
             f"{body.num_beams} beams are more than the {info.max_num_seqs} sequences that run at "
@@ -168,7 +169,7 @@ def make_job(
             choices.append(
                 Choice(len(choices), prompt, request, tuple(body.stop), skips, body.num_logprobs)
             )
-    record = RequestRecord(_consumer(chosen.caller, [], state), _asked(job_id, body))
+    record = RequestRecord(consumer_of(chosen.caller, [], state), _asked(job_id, body))
     reserved = sum(each.request.sampling.max_tokens for each in choices) if body.says_length else 0
     return Job(job_id, chosen, prompts, choices, body.n, record, reserved)
 
@@ -185,7 +186,8 @@ def _asked(job_id: str, body: GenerationBody) -> Asked:
     )
 
 
-def _consumer(caller: Caller, adapters: Sequence[Leased], state: AppState) -> Consumer:
+def consumer_of(caller: Caller, adapters: Sequence[Leased], state: AppState) -> Consumer:
+    """Whose usage a request on these adapters is."""
     return Consumer(
         state.model_name,
         caller.tenant.name if caller.tenant else "",
@@ -207,7 +209,7 @@ async def deltas(job: Job, state: AppState) -> AsyncGenerator[ChoiceDelta, None]
     """
     with state.limiter.admitted(job.caller.tenant, job.prompt_tokens, job.reserved) as running:
         async with state.registry.leases.lease(job.chosen) as adapters:
-            job.record.consumer = _consumer(job.caller, adapters, state)
+            job.record.consumer = consumer_of(job.caller, adapters, state)
             uses = [each.use for each in adapters]
             streams = [stream(uses, job.record, state) for stream in _streams(job)]
             async with aclosing(merge(streams)) as merged:

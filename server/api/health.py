@@ -7,7 +7,6 @@ from starlette.responses import Response
 
 from ..engine.errors import EngineUnavailable
 from ..store.residency import Residency
-from .errors import NotServed
 from .security import admin_only
 from .state import State
 
@@ -33,15 +32,6 @@ async def ready(state: State) -> dict[str, str]:
 async def show_version() -> dict[str, str]:
     """The installed version."""
     return {"version": version("deltamux")}
-
-
-@router.post("/v1/embeddings")
-async def embeddings() -> None:
-    """Refused: the bases that are served write text, and were not made to embed it."""
-    raise NotServed(
-        "Embeddings are not served: the base is a model that generates text; use /v1/completions "
-        "or /v1/chat/completions."
-    )
 
 
 @router.get("/metrics", dependencies=[admin_only])

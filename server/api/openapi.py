@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from .answers import ChatCompletion, Completion
+from .answers import ChatCompletion, Completion, EmbeddingList
 
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
@@ -99,6 +99,12 @@ _CHAT = {
     ],
     "usage": _USAGE,
 }
+_EMBEDDINGS = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
+    "model": "pirate",
+    "usage": {"prompt_tokens": 1, "total_tokens": 1},
+}
 _MODEL = {
     "id": "pirate",
     "object": "model",
@@ -178,6 +184,9 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
         {"model": "pirate", "messages": [{"role": "user", "content": "Capital of Germany?"}]},
         ChatCompletion,
     ),
+    ("post", "/v1/embeddings"): RouteDoc(
+        _EMBEDDINGS, _GENERATION, {"model": "pirate", "input": ["Berlin", "Rome"]}, EmbeddingList
+    ),
     ("get", "/v1/models"): RouteDoc({"object": "list", "data": [_MODEL]}),
     ("get", "/v1/models/{model}"): RouteDoc(_MODEL, (404, 503)),
     ("post", "/tokenize"): RouteDoc(
@@ -243,7 +252,6 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("get", "/ready"): RouteDoc({"status": "ready"}, (503,), needs_key=False),
     ("get", "/version"): RouteDoc({"version": "0.1.0"}, needs_key=False),
     ("get", "/v1/usage"): RouteDoc(_USED, (400, 403)),
-    ("post", "/v1/embeddings"): RouteDoc(None, (501,)),
     ("get", "/metrics"): RouteDoc("vllm:num_requests_running 2.0", (403,), media="text/plain"),
 }
 

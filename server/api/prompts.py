@@ -9,7 +9,7 @@ from typing import TypeVar
 from ..text.tokenizer import ChatTemplateError, Tokenizer
 from .conversation import Conversation
 from .errors import InvalidRequest
-from .protocol import CompletionBody, GenerationBody
+from .protocol import CompletionBody, EmbeddingBody, GenerationBody
 from .sampling import check_vocabulary
 from .state import AppState
 
@@ -31,6 +31,22 @@ class TokenPrompt:
         return tokenizer.decode(self.token_ids) if self.text is None else self.text
 
 
+Prompts = str | list[str] | list[int] | list[list[int]]
+"""What the field may hold that prompts come in."""
+
+
+async def embedding_inputs(body: EmbeddingBody, state: AppState) -> list[TokenPrompt]:
+    """What is to be embedded, at least one text, none of them empty.
+
+    Raises:
+        InvalidRequest: As ``completion_prompts``.
+    """
+    number, limit = len(_items(body.input)), state.limits.max_sequences
+    if number > limit:
+        raise InvalidRequest(f"{number} inputs exceed the limit of {limit}.", "input")
+    return await _from_items(body.input, body.add_special_tokens, state, "input")
+
+
 async def completion_prompts(body: CompletionBody, state: AppState) -> list[TokenPrompt]:
     """The prompts of a completion request, at least one, none of them empty.
 
@@ -38,10 +54,8 @@ async def completion_prompts(body: CompletionBody, state: AppState) -> list[Toke
         InvalidRequest: There are too many prompts, or one is too long, empty once tokenized, or not
             in the vocabulary.
     """
-    items = _items(body.prompt)
-    check_sequences(body, len(items), state)
-    characters = sum(len(item) for item in items if isinstance(item, str))
-    return [await _from_item(item, body, characters, state) for item in items]
+    check_sequences(body, len(_items(body.prompt)), state)
+    return await _from_items(body.prompt, body.add_special_tokens, state, "prompt")
 
 
 def check_sequences(body: GenerationBody, num_prompts: int, state: AppState) -> None:
@@ -103,7 +117,16 @@ def check_characters(characters: int, state: AppState, param: str) -> None:
         )
 
 
-def _items(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+async def _from_items(
+    prompts: Prompts, add_special_tokens: bool, state: AppState, param: str
+) -> list[TokenPrompt]:
+    items = _items(prompts)
+    # Many short texts hold up other streams like a long one.
+    characters = sum(len(item) for item in items if isinstance(item, str))
+    return [await _from_item(item, characters, add_special_tokens, state, param) for item in items]
+
+
+def _items(prompt: Prompts) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     texts: list[str | list[int]] = []
@@ -117,17 +140,21 @@ def _items(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | 
 
 
 async def _from_item(
-    item: str | list[int], body: CompletionBody, characters: int, state: AppState
+    item: str | list[int],
+    characters: int,
+    add_special_tokens: bool,
+    state: AppState,
+    param: str,
 ) -> TokenPrompt:
-    """``characters`` of all prompts together: many short ones hold up other streams like a long."""
+    """``characters`` of all prompts together."""
     if isinstance(item, str):
-        return await _from_text(item, characters, body.add_special_tokens, state)
-    check_vocabulary(item, state.require_info(), "prompt")
+        return await _from_text(item, characters, add_special_tokens, state, param)
+    check_vocabulary(item, state.require_info(), param)
     return TokenPrompt(item)
 
 
 async def _from_text(
-    text: str, characters: int, add_special_tokens: bool, state: AppState, param: str = "prompt"
+    text: str, characters: int, add_special_tokens: bool, state: AppState, param: str
 ) -> TokenPrompt:
     check_characters(len(text), state, param)
     work = partial(state.tokenizer.encode, text, add_special_tokens)

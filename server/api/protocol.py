@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from time import monotonic
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -81,14 +81,29 @@ class WeightedAdapter(Body):
     weight: float = Field(default=1.0, ge=-100, le=100)
 
 
-class GenerationBody(SearchedBody):
+class ModelBody(Body):
+    """What a request runs on, and beside whom."""
+
+    model: Text
+    adapters: list[WeightedAdapter] = Field(default_factory=list, max_length=MAX_ADAPTERS)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
+    deadline_ms: int | None = Field(default=None, ge=1, le=INT32_MAX)
+    user: Any = None
+    _arrived: float = PrivateAttr(default_factory=monotonic)
+
+    @property
+    def deadline(self) -> float | None:
+        """When it must have begun to run, by the machine's monotonic clock."""
+        return None if self.deadline_ms is None else self._arrived + self.deadline_ms / 1000
+
+
+class GenerationBody(ModelBody, SearchedBody):
     """The fields that completions and chat completions share."""
 
     default_max_tokens: ClassVar[int | None] = None
     prompt_field: ClassVar[str]
 
-    model: Text
-    adapters: list[WeightedAdapter] = Field(default_factory=list, max_length=MAX_ADAPTERS)
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
     min_tokens: int = Field(default=0, ge=0, le=INT32_MAX)
@@ -113,11 +128,6 @@ class GenerationBody(SearchedBody):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
-    priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
-    deadline_ms: int | None = Field(default=None, ge=1, le=INT32_MAX)
-    user: Any = None
-    _arrived: float = PrivateAttr(default_factory=monotonic)
 
     @field_validator("logit_bias")
     @classmethod
@@ -136,11 +146,6 @@ class GenerationBody(SearchedBody):
         if self.token_limit is not None and self.min_tokens > self.token_limit:
             raise refuse("min_tokens", "'min_tokens' is larger than 'max_tokens'.")
         return self
-
-    @property
-    def deadline(self) -> float | None:
-        """When it must have begun to run, by the machine's monotonic clock."""
-        return None if self.deadline_ms is None else self._arrived + self.deadline_ms / 1000
 
     @property
     def token_limit(self) -> int | None:
@@ -238,6 +243,25 @@ class ChatBody(GenerationBody, Conversation):
     def num_logprobs(self) -> int | None:
         """Alternatives per generated token; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class EmbeddingBody(ModelBody):
+    """``POST /v1/embeddings``."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _whole_vectors(self) -> "EmbeddingBody":
+        if self.dimensions is not None:
+            raise refuse(
+                "dimensions",
+                "'dimensions' is not served: the base was not trained to be cut short (Matryoshka);"
+                " leave it out, and take the whole vector.",
+            )
+        return self
 
 
 class TokenizeBody(Body):

@@ -46,7 +46,6 @@ async def respond(
     job: Job,
     source: AsyncGenerator[ChoiceDelta, None],
     form: Format,
-    state: AppState,
 ) -> Response:
     """The answer of a job whose deltas ``source`` yields; closed when the client goes away.
 

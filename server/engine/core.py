@@ -12,8 +12,6 @@ from time import monotonic
 
 from msgspec import structs
 
-from msgspec import structs
-
 from ...adapters.device.pool import Placement
 from ...adapters.device.residency import Residency
 from ...adapters.errors import AdapterError

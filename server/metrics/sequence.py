@@ -42,6 +42,12 @@ class SequenceRecord:
         self._generated += number
         self._metrics.generated(self._tenant, self._adapter, number)
 
+    def embedded(self, scheduled: float | None) -> None:
+        """Its vector arrived now, the one thing that it brings."""
+        if scheduled is not None:
+            self._scheduled(scheduled)
+        self._first_token(monotonic())
+
     def finish(self, reason: str) -> None:
         """The sequence ended by itself, for one of OpenAI's reasons."""
         times, metrics = self.times, self._metrics

@@ -4,7 +4,7 @@ A step has four parts. What the host knows is laid out and sent to the device; t
 the choice of tokens are launched, without waiting for either; then the chosen tokens are read.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ from .prefix import copy_blocks, load_prefix
 from .reports import report_logprobs
 from .sampler import Choice, Sampled, read_choices, start_sampling
 from .stage import Stage
+
+_NOT_FINITE = "nothing can be embedded: the hidden state of this request is not finite"
 
 _HEAD_ROWS = 64
 """Rows of prompt logits held at once; (64, vocab) float32 is 12 MB at 49k tokens."""
@@ -163,14 +165,17 @@ class Runner:
         choices: Iterator[Choice] = iter(())
         if sampled is not None:
             choices = iter(read_choices(sampled, inputs.sampling, self._stage))
+        embedded = _last_hidden(batch, outputs.hidden)
         results: dict[ScheduledSequence, SequenceResult] = {}
         for index, item in enumerate(batch.scheduled):
             choice = next(choices) if item.samples else Choice(None)
+            hidden, error = embedded.get(item, (None, choice.error))
             results[item] = SequenceResult(
                 token_id=choice.token_id,
                 logprobs=choice.logprobs,
                 prompt_logprobs=tuple(self._prompt_logprobs(batch, index, outputs.hidden)),
-                error=choice.error,
+                error=error,
+                hidden=hidden,
             )
         return [results[item] for item in plan.scheduled]
 
@@ -231,6 +236,24 @@ class Runner:
             logits = self._decoder.logits(hidden[row : row + end - start], deltas)
             next_tokens = item.sequence.token_ids[start + 1 : end + 1]
             yield from report_logprobs(logits, next_tokens, num_top, self._stage)
+
+
+def _last_hidden(
+    batch: StepBatch, hidden: Tensor | None
+) -> Mapping[ScheduledSequence, tuple[bytes | None, str | None]]:
+    """The last row of every sequence that embeds, as float32, or why it is of no use."""
+    rows = {
+        item: first + item.num_tokens - 1
+        for item, first in zip(batch.scheduled, batch.first_rows, strict=True)
+        if item.embeds
+    }
+    if hidden is None or not rows:
+        return {}
+    vectors = torch.stack([hidden[row] for row in rows.values()]).float().cpu().numpy()
+    return {
+        item: (vector.tobytes(), None) if np.isfinite(vector).all() else (None, _NOT_FINITE)
+        for item, vector in zip(rows, vectors, strict=True)
+    }
 
 
 def _sampling_spans(batch: StepBatch) -> Iterator[RowSpan]:

@@ -28,9 +28,9 @@ def found(sequence: Sequence, answers: list[BeamAnswer]) -> SequenceUpdate:
 def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> SequenceUpdate | None:
     """Append the new token, and say what there is to report; None if nothing.
 
-    A sequence ends, in this order, with ERROR if its row is unusable, STOP at an end or stop token
-    after at least ``min_tokens`` tokens or where its grammar allows no more, LENGTH at
-    ``max_tokens`` or at ``max_len`` tokens in all.
+    One that embeds ends with its hidden state. Another ends, in this order, with ERROR if its row
+    is unusable, STOP at an end or stop token after at least ``min_tokens`` tokens or where its
+    grammar allows no more, LENGTH at ``max_tokens`` or at ``max_len`` tokens in all.
 
     Raises:
         ValueError: The result has a token where none was to be sampled, or none where one was.
@@ -43,6 +43,8 @@ def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> Se
             f"{sequence.request.request_id}: samples is {item.samples} but the runner returned"
             f" token {result.token_id}"
         )
+    if item.embeds:
+        return _embedded(sequence, result)
     prompt_logprobs = _new_prompt_logprobs(item, result)
     if result.token_id is None:
         return _prompt_update(sequence, prompt_logprobs)
@@ -59,6 +61,15 @@ def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> Se
         num_cached_tokens=sequence.num_cached_tokens,
         finish_reason=FinishReason.STOP if stops else _finish_reason(sequence, max_len),
         stop_token_id=result.token_id if stops else None,
+    )
+
+
+def _embedded(sequence: Sequence, result: SequenceResult) -> SequenceUpdate:
+    return SequenceUpdate(
+        request_id=sequence.request.request_id,
+        num_cached_tokens=sequence.num_cached_tokens,
+        finish_reason=FinishReason.STOP,
+        hidden=result.hidden,
     )
 
 

@@ -16,12 +16,14 @@ class ScheduledSequence:
         start: Tokens computed before.
         end: Tokens computed after.
         samples: Whether the last of these rows chooses the sequence's next token.
+        embeds: Whether its hidden state is what the request asks for instead.
     """
 
     sequence: Sequence
     start: int
     end: int
     samples: bool
+    embeds: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -75,9 +77,11 @@ class SequenceResult:
         prompt_logprobs: Of prompt tokens ``start + 1 .. min(end, prompt_len - 1)``, where asked
             for.
         error: Why the row is unusable (its logits are not finite); ends the sequence alone.
+        hidden: (hidden,) float32 as bytes, where the sequence embeds.
     """
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    hidden: bytes | None = None

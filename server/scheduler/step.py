@@ -56,7 +56,8 @@ class Step:
             return None
         self._take(sequence, end - start)
         first = start if before is None else before.start
-        item = ScheduledSequence(sequence, first, end, samples=end == total)
+        is_last, embeds = end == total, sequence.request.embeds
+        item = ScheduledSequence(sequence, first, end, is_last and not embeds, is_last and embeds)
         self.scheduled[sequence] = item
         return item
 

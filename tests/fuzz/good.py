@@ -220,6 +220,16 @@ def tokenize(draw: Random) -> tuple[str, Body]:
     return "/tokenize", {"prompt": text(draw), "return_token_strs": chance(draw, 0.5)}
 
 
+def embedding(draw: Random) -> tuple[str, Body]:
+    """``/v1/embeddings``."""
+    body: Body = {"model": draw.choice(MODELS), "input": prompt(draw)}
+    if chance(draw, 0.5):
+        body["encoding_format"] = draw.choice(("float", "base64"))
+    if chance(draw, 0.1):
+        body["cache_salt"] = text(draw)
+    return "/v1/embeddings", body
+
+
 GOOD: tuple[Callable[[Random], tuple[str, Body]], ...] = (
     completion,
     completion,
@@ -227,6 +237,7 @@ GOOD: tuple[Callable[[Random], tuple[str, Body]], ...] = (
     chat,
     chat,
     chat,
+    embedding,
     tokenize,
 )
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import uvicorn
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -137,6 +138,8 @@ class FakeEngine:
                 self.on_abort.release()
 
     def _updates(self, request: GenerationRequest) -> list[SequenceUpdate]:
+        if request.embeds:
+            return [self._embedded(request)]
         sampling = request.sampling
         ends = sampling.end_token_ids[:1]
         token_ids = [*self.tokenizer.encode(self.reply(request)), *ends][: sampling.max_tokens]
@@ -157,6 +160,14 @@ class FakeEngine:
             )
             for chunk, last in zip(chunks, [False] * (len(chunks) - 1) + [True], strict=True)
         ]
+
+    @staticmethod
+    def _embedded(request: GenerationRequest) -> SequenceUpdate:
+        """(3, 4, 0, ... number of tokens), of length 5 and more."""
+        vector = np.array([3, 4, 0, len(request.prompt_token_ids)], dtype="<f4")
+        return SequenceUpdate(
+            request_id=request.request_id, finish_reason=FinishReason.STOP, hidden=vector.tobytes()
+        )
 
     @staticmethod
     def _reason(stopped: bool) -> FinishReason:

@@ -45,8 +45,11 @@ def engine_config(model: Path, **changes) -> EngineConfig:
     return EngineConfig(model_folder=str(model), **{**defaults, **changes})
 
 
+_OUTER = ("adapters", "cache_salt", "priority", "embeds")
+
+
 def make_request(request_id: str, prompt: list[int], **changes) -> GenerationRequest:
-    outer = {k: changes.pop(k) for k in ("adapters", "cache_salt", "priority") if k in changes}
+    outer = {k: changes.pop(k) for k in _OUTER if k in changes}
     if (adapter_id := changes.pop("adapter_id", None)) is not None:
         outer["adapters"] = [AdapterWeight(adapter_id)]
     sampling = {"max_tokens": 12, "temperature": 0.0, "seed": 0, "logprobs": 0, **changes}
@@ -66,6 +69,7 @@ class Received:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    hidden: bytes | None = None
 
 
 class EngineHarness:
@@ -143,5 +147,6 @@ class EngineHarness:
         entry.num_cached_tokens = max(entry.num_cached_tokens, update.num_cached_tokens)
         entry.finish_reason = update.finish_reason
         entry.error = update.error
+        entry.hidden = update.hidden
         if update.beams:
             self.beams[update.request_id] = update.beams

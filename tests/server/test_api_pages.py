@@ -27,7 +27,7 @@ def post(server, body, path="/v1/completions", **headers) -> httpx.Response:
         ("/v1/completions", {**ASK, "model": "nope"}, 404),
         ("/v1/nothing", {}, 404),
         ("/v1/completions", {**ASK, "user": "x" * (17 << 20)}, 413),
-        ("/v1/embeddings", {"model": "base", "input": "x"}, 501),
+        ("/v1/embeddings", {"model": "base", "input": "x"}, 200),
     ],
 )
 def test_every_answer_has_an_id(server, path, body, status):

@@ -1,11 +1,13 @@
 """The clients people use, on the running server: openai's own, langchain and litellm."""
 
 import asyncio
-import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -22,6 +24,7 @@ from .running import RunningServer
 from .served import ADAPTERS, BASE, served
 from .siege import eventually, gauges
 
+TEXTS = ["Hello there", "Hello where"]
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
@@ -187,6 +190,24 @@ def test_logprobs(client):
     assert "".join(whole.choices[0].logprobs.tokens).startswith("Hi there")
 
 
+def test_embeddings(running, client):
+    """Openai's client asks for base64 where nothing is said, langchain's in a way of its own."""
+    own = {name: client.embeddings.create(model=name, input=TEXTS) for name in (BASE, "red")}
+    vectors = {name: [each.embedding for each in answer.data] for name, answer in own.items()}
+    assert vectors[BASE][0] != pytest.approx(vectors["red"][0])
+    assert own[BASE].usage.total_tokens > 2
+    with httpx.Client() as http:
+        langchain = langchain_openai.OpenAIEmbeddings(
+            model="red",
+            base_url=running.openai_url,
+            api_key="none",
+            check_embedding_ctx_length=False,
+            http_client=http,
+        )
+        assert langchain.embed_documents(TEXTS) == [pytest.approx(each) for each in vectors["red"]]
+        assert langchain.embed_query(TEXTS[0]) == pytest.approx(vectors["red"][0])
+
+
 @pytest.fixture
 def chat(running) -> Iterator[Callable[..., langchain_openai.ChatOpenAI]]:
     """Makes models of langchain, whose connections are closed afterwards."""
@@ -249,51 +270,20 @@ def test_langchain_gets_structured_output(chat, method):
     assert isinstance(model.invoke("Hello there"), Weather)
 
 
-@pytest.fixture(scope="module")
-def litellm() -> Iterator[ModuleType]:
-    """Imported with what keeps it from asking the network for prices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        patch.setenv("LITELLM_MODE", "PRODUCTION")
-        module = importlib.import_module("litellm")
-        yield module
-    # It keeps its clients, and with them connections, for the process's life.
-    for each in [*module.in_memory_llm_clients_cache.cache_dict.values()]:
-        if isinstance(each, openai.OpenAI | module.llms.custom_httpx.http_handler.HTTPHandler):
-            each.close()
-
-
-@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
-def test_litellm_completes_and_streams(running, litellm, expected, provider):
-    ask = {
-        "messages": HELLO,
-        "api_base": running.openai_url,
-        "api_key": "none",
-        "max_tokens": 12,
-        "temperature": 0,
-        "num_retries": 0,
-    }
-    for name, text in expected.items():
-        answer = litellm.completion(f"{provider}/{name}", **ask)
-        assert answer.choices[0].message.content == text
-    stream = litellm.completion(f"{provider}/red", stream=True, **ask)
-    parts = [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(parts) == expected["red"]
-
-    async def later() -> str:
-        answer = await litellm.acompletion(f"{provider}/blue", **ask)
-        await litellm.close_litellm_async_clients()
-        return answer.choices[0].message.content
-
-    assert asyncio.run(later()) == expected["blue"]
-
-
-def test_litellm_calls_tools_and_names_errors(running, litellm):
-    ask = {"messages": HELLO, "api_base": running.openai_url, "api_key": "none"}
-    answer = litellm.completion("openai/red", tools=[TOOL], tool_choice="required", seed=3, **ask)
-    for call in answer.choices[0].message.tool_calls:
-        Weather.model_validate(json.loads(call.function.arguments))
-    with pytest.raises(litellm.NotFoundError, match="nobody"):
-        litellm.completion("openai/nobody", num_retries=0, **ask)
-    with pytest.raises(litellm.BadRequestError, match="temperature"):
-        litellm.completion("openai/red", temperature=9, num_retries=0, **ask)
+def test_litellm(running, client, expected):
+    """Whole, streamed and async, by both of its names for such servers; calls, vectors, errors."""
+    program = Path(__file__).with_name("litellm_client.py")
+    command = [sys.executable, str(program), running.openai_url, json.dumps(TOOL)]
+    # Or it asks the network for prices.
+    env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for provider in ("openai", "hosted_vllm"):
+        assert found[provider] == dict.fromkeys(("whole", "streamed", "async"), expected["red"])
+    assert found["calls"]
+    for arguments in found["calls"]:
+        Weather.model_validate_json(arguments)
+    own = client.embeddings.create(model="red", input=TEXTS).data
+    assert found["vectors"] == [pytest.approx(each.embedding) for each in own]
+    assert found["errors"] == ["NotFoundError", "BadRequestError"]
