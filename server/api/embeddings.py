@@ -37,7 +37,7 @@ from .state import AppState, State
 
 router = APIRouter()
 
-# An engine chooses a token after every prompt, but after these.
+# Bounds of a request that generates; no token is chosen after these prompts.
 _NO_SAMPLING = SamplingParams(max_tokens=1, seed=0)
 
 

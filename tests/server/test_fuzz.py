@@ -8,7 +8,7 @@ from ..fuzz.campaign import campaign
 from .served import served
 from .siege import eventually, gauges
 
-SHOTS = range(400)
+SHOTS = range(250)
 
 
 def test_requests_right_and_wrong_are_answered_as_the_page_says(tmp_path):
@@ -20,6 +20,6 @@ def test_requests_right_and_wrong_are_answered_as_the_page_says(tmp_path):
         assert httpx.get(f"{server.url}/ready").status_code == 200
     assert found.faults == []
     assert found.statuses.total() == len(SHOTS)
-    assert found.statuses["good", 200] > 100
-    assert found.statuses["mutated", 400] > 50
+    assert found.statuses["good", 200] > 60
+    assert found.statuses["mutated", 400] > 30
     assert "ERROR" not in (tmp_path / "log").read_text()
