@@ -2,192 +2,25 @@
 
 import json
 from collections.abc import Iterator
-from itertools import pairwise
 
 import httpx
 import jsonschema
 import msgspec
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from deltamux.server.grammar.constraint import grammar_of
 from deltamux.server.grammar.matcher import Matcher
 from deltamux.server.grammar.vocabulary import VocabularySource
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.forced import Function, forced_calls
-from deltamux.server.tools.formats import (
-    FORMATS,
-    HERMES,
-    LLAMA3_JSON,
-    MISTRAL,
-    ToolFormat,
-    format_of,
-)
-from deltamux.server.tools.parser import Parsed, ToolCall, ToolParser
+from deltamux.server.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, format_of
+from deltamux.server.tools.parser import ToolParser
 
 from ..tiny_models import make_tokenizer
 from .fake_engine import Running, byte_level_tokenizer, serving
 from .served import HERMES_TEMPLATE, served
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "$defs": {"unit": {"enum": ["C", "F"]}},
-            "properties": {
-                "city": {"type": "string", "maxLength": 6},
-                "unit": {"$ref": "#/$defs/unit"},
-            },
-            "required": ["city", "unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-CLOCK = {
-    "type": "function",
-    "function": {
-        "name": "clock",
-        "parameters": {
-            "type": "object",
-            "properties": {"hours": {"type": "integer", "minimum": 0, "maximum": 23}},
-            "required": ["hours"],
-            "additionalProperties": False,
-        },
-    },
-}
-TOOLS = [WEATHER, CLOCK]
-PARIS = ToolCall("get_weather", '{"city": "Paris", "unit": "C"}')
-NOON = ToolCall("clock", '{"hours": 12}')
-PARIS_JSON = '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "C"}}'
-NOON_JSON = '{"name": "clock", "arguments": {"hours": 12}}'
-
-# As the models' own pages show them.
-OUTPUTS = {
-    "hermes": (HERMES, f"<tool_call>\n{PARIS_JSON}\n</tool_call>", "", [PARIS]),
-    "hermes, several behind text": (
-        HERMES,
-        f"Let me look.\n<tool_call>\n{PARIS_JSON}\n</tool_call>\n<tool_call>\n{NOON_JSON}\n"
-        "</tool_call>",
-        "Let me look.",
-        [PARIS, NOON],
-    ),
-    "hermes, text behind": (
-        HERMES,
-        f"<tool_call>{NOON_JSON}</tool_call>That is all.",
-        "That is all.",
-        [NOON],
-    ),
-    "hermes, braces and signs in strings": (
-        HERMES,
-        '<tool_call>{"arguments": {"q": "a } \\" </tool_call> {"}, "name": "clock"}</tool_call>',
-        "",
-        [ToolCall("clock", '{"q": "a } \\" </tool_call> {"}')],
-    ),
-    "hermes, never finished": (
-        HERMES,
-        '<tool_call>\n{"name": "clo',
-        '<tool_call>\n{"name": "clo',
-        [],
-    ),
-    "hermes, spaced as the model likes": (
-        HERMES,
-        '<tool_call> { "name" : "clock","arguments":{"hours" :12} , "id": "}"}</tool_call>',
-        "",
-        [ToolCall("clock", '{"hours" :12}')],
-    ),
-    "hermes, cut off": (
-        HERMES,
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par',
-        "",
-        [ToolCall("get_weather", '{"city": "Par')],
-    ),
-    "hermes, no JSON": (
-        HERMES,
-        f'<tool_call>{{"name": "f", "arguments": {{"a": [1}}}}</tool_call><tool_call>{NOON_JSON}'
-        "</tool_call>",
-        "",
-        [ToolCall("f", '{"a": [1}}'), NOON],
-    ),
-    "hermes, a lone surrogate": (
-        HERMES,
-        '<tool_call>{"arguments": {"q": "\\ud800"}, "name": "clock"}</tool_call>',
-        "",
-        [ToolCall("clock", '{"q": "\\ud800"}')],
-    ),
-    "hermes, a name alone": (
-        HERMES,
-        '<tool_call>{"name": "clock"}</tool_call>',
-        "",
-        [ToolCall("clock", "{}")],
-    ),
-    "hermes, no call": (HERMES, "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
-    "hermes, like a call": (HERMES, "1 <tool 2 < tool_call>", "1 <tool 2 < tool_call>", []),
-    "mistral": (MISTRAL, f"[TOOL_CALLS][{PARIS_JSON}, {NOON_JSON}]", "", [PARIS, NOON]),
-    "mistral, in one piece": (MISTRAL, f"[TOOL_CALLS] [{PARIS_JSON}]", "", [PARIS]),
-    "mistral, new": (MISTRAL, '[TOOL_CALLS]clock{"hours": 12}', "", [NOON]),
-    "mistral, newer": (
-        MISTRAL,
-        '[TOOL_CALLS]clock[ARGS]{"hours": 12}[TOOL_CALLS]clock[ARGS]{"hours": 12}',
-        "",
-        [NOON, NOON],
-    ),
-    "llama": (LLAMA3_JSON, '{"name": "clock", "parameters": {"hours": 12}}', "", [NOON]),
-    "llama, several": (
-        LLAMA3_JSON,
-        '<|python_tag|>{"name": "clock", "parameters": {"hours": 12}}; '
-        '{"name": "clock", "parameters": {"hours": 12}}',
-        "",
-        [NOON, NOON],
-    ),
-    "llama, text": (LLAMA3_JSON, 'It is {"name": 1}', 'It is {"name": 1}', []),
-    "llama, other JSON": (LLAMA3_JSON, '{"temperature": 20}', '{"temperature": 20}', []),
-    "text": (HERMES, "Hello, world. ", "Hello, world. ", []),
-}
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_calls_are_found_however_the_output_is_cut(name, size):
-    form, output, text, calls = OUTPUTS[name]
-    parsed = parsed_in_pieces(form, output, size)
-    assert (parsed.text, parsed.calls) == (text, calls)
-
-
-def parsed_in_pieces(form: ToolFormat, output: str, size: int) -> Parsed:
-    parser, parsed = ToolParser(form), Parsed()
-    for start in range(0, len(output), size):
-        parsed += parser.push(output[start : start + size])
-    return parsed + Parsed(parser.flush())
-
-
-@pytest.mark.parametrize("name", ["hermes", "mistral", "mistral, new", "llama", "hermes, cut off"])
-def test_arguments_come_in_pieces_behind_their_name(name):
-    form, output, _, _ = OUTPUTS[name]
-    first, *rest = parsed_in_pieces(form, output, 1).parts
-    assert (first.name is not None, first.arguments) == (True, "")
-    assert len(rest) >= 10
-    assert all(len(part.arguments) <= 1 for part in rest)
-
-
-@given(data=st.data())
-def test_any_output_is_read_alike_however_it_is_cut(data):
-    """Also what is no JSON, no call, or torn: nothing raises, and nothing depends on the pieces."""
-    form = data.draw(st.sampled_from([*FORMATS.values()]))
-    signs = ["{", "}", "[", "]", '"', "\\", ":", ",", " ", "a", "1", "\n", "<", "ü"]
-    parts = [form.begin, form.end, '{"name": "f", ', f'"{form.arguments}": ', PARIS_JSON, *signs]
-    output = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=30)))
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(output)), max_size=8)))
-    parser, cut = ToolParser(form), Parsed()
-    for start, end in pairwise([0, *cuts, len(output)]):
-        cut += parser.push(output[start:end])
-    cut += Parsed(parser.flush())
-    whole = parsed_in_pieces(form, output, max(len(output), 1))
-    assert (cut.text, cut.calls) == (whole.text, whole.calls)
+from .tool_outputs import CLOCK, NOON, NOON_JSON, OUTPUTS, PARIS, TOOLS
 
 
 def test_a_format_is_told_by_the_template():
