@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import AdapterCorrupt, AdapterTooLarge, AdapterUnsupported, shown
 from .files import ADAPTERHUB, HEAD_FILES, SAFETENSORS_FILE, WEIGHT_FILES
+from .finite import all_finite
 from .folder import (
     MAX_WEIGHT_BYTES,
     ConfigFile,
@@ -225,5 +226,5 @@ def _require_sound(path: Path, name: str, tensor: Tensor) -> None:
             f"{path}: tensor {shown(name)} is {tensor.dtype}: save it as bfloat16"
         )
     numbers = tensor.float() if tensor.dtype is torch.float64 else tensor
-    if not bool(numbers.isfinite().all()):
+    if not all_finite(numbers):
         raise AdapterCorrupt(f"{path}: tensor {shown(name)} holds NaN or Inf, as float32")

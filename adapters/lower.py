@@ -6,6 +6,7 @@ The kinds are the modules in ``kinds/``; a new one is a new file there and nothi
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -110,9 +111,10 @@ def find_kind(config: ConfigFile) -> AdapterKind:
     raise AdapterUnsupported(f"{_described(config)} is not served; served kinds: {names}")
 
 
-def all_kinds() -> list[AdapterKind]:
-    """Every kind there is, by library and name."""
-    return sorted(_kinds(), key=lambda kind: (kind.library, kind.name))
+@cache
+def all_kinds() -> tuple[AdapterKind, ...]:
+    """Every kind there is, by library and name; looked for once."""
+    return tuple(sorted(_kinds(), key=lambda kind: (kind.library, kind.name)))
 
 
 def _kinds() -> Iterator[AdapterKind]:

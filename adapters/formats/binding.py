@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterMismatch, AdapterUnsupported, shown
+from ..finite import all_finite
 from ..layout import BaseLayout, EmbeddingSite, LayerSite, LinearTarget, NormSite
 
 
@@ -74,7 +75,7 @@ def cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         AdapterUnsupported: It holds a number that is none in this dtype.
     """
     done = tensor.detach().to(dtype).contiguous()
-    if not bool(done.isfinite().all()):
+    if not all_finite(done):
         raise AdapterUnsupported(
             f"{shown(path)} overflows in {dtype}: serve with --dtype bfloat16 or float32"
         )

@@ -224,6 +224,8 @@ class LoraScalars:
 
     def is_parameter(self, path: str) -> bool:
         """Whether the module's weight was adapted as a parameter, as it is stored."""
+        if not self.parameters:
+            return False
         name = f"{path}.weight"
         ends = (name[start:] for start in (0, *_after_dots(name)))
         return any(end in self.parameters for end in ends)

@@ -73,6 +73,8 @@ class Patterns:
 
     def first_match(self, path: str) -> str | None:
         """First pattern that matches the path, or a dotted end of it, in full."""
+        if not self.values:
+            return None
         return min(self._matches(path), key=self._order.__getitem__, default=None)
 
     def _matches(self, path: str) -> Iterator[str]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import torch
+
 from ...adapters.errors import AdapterCorrupt, AdapterError, AdapterTooLarge
 from ...adapters.primitives.lowered import LoweredAdapter
 from .load_queue import LoadQueue
@@ -26,6 +28,8 @@ Lower = Callable[[Path], LoweredAdapter]
 
 _AHEAD = 2
 """Loads that the loader is given at once, so that it need not wait for the engine."""
+_NICENESS = 5
+"""Of the loader, above the engine's: it holds the interpreter now and then, so not too much."""
 
 _LAST_LOAD_SECONDS = 5.0
 """How long the process waits at its end for a load that has begun."""
@@ -260,6 +264,12 @@ class HostTier:
         self._ready_bytes -= self._ready.pop(adapter_id).num_bytes
 
 
+def _give_way_to_steps() -> None:
+    """Lower this thread's priority, and keep it from computing in others beside it."""
+    os.nice(_NICENESS)
+    torch.set_num_threads(1)  # of this thread and of those that begin later
+
+
 class _Loader:
     """One daemon thread that lowers folders in the order in which they were asked for."""
 
@@ -283,6 +293,7 @@ class _Loader:
         self._thread.join(_LAST_LOAD_SECONDS)
 
     def _run(self) -> None:
+        _give_way_to_steps()
         for adapter_id, path in iter(self._asked.get, None):
             self._ended.put(LoadResult(adapter_id, self._outcome(path)))
             os.eventfd_write(self.wakeup, 1)

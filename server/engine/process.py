@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 
 import msgspec
 import zmq
@@ -28,6 +29,13 @@ one busy process on two cores, a decode step of 75 ms then takes 520 ms instead 
 """
 
 
+_SWITCH_SECONDS = 0.001
+"""How long the step loop waits for the interpreter while the adapter loader has it, at most.
+
+With Python's 5 ms, one load can hold up every operation of a step by that much.
+"""
+
+
 def let_idle_threads_sleep() -> None:
     """Have threads of torch that wait for work give their core to others soon.
 
@@ -39,6 +47,7 @@ def let_idle_threads_sleep() -> None:
 def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
     """Entry point of the process; returns when it is told to shut down."""
     let_idle_threads_sleep()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     if config.kernels == "interpret":
         # Read when triton is imported, by which its functions become interpreted ones for good.
         os.environ["TRITON_INTERPRET"] = "1"
