@@ -1,16 +1,15 @@
 """``deltamux bench``: what may be asked of the benchmarks, and how they refuse."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from .compare.command import compare
 from .load.command import serve
-from .usage import errors_of_use
+from .scale.command import adapters
+from .usage import count_option, errors_of_use
 
-Command = TypeVar("Command", bound=Callable[..., object])
 _POSITIVE = click.FloatRange(0, min_open=True)
 
 
@@ -117,18 +116,6 @@ def roofline(
         run(workload if base is None else workload.of(base), plot)
 
 
-def _count(flag: str, default: int, least: int, help_text: str) -> Callable[[Command], Command]:
-    """An option that is a number of things."""
-    return click.option(
-        flag,
-        type=click.IntRange(least),
-        default=default,
-        metavar="N",
-        show_default=True,
-        help=help_text,
-    )
-
-
 @bench.command()
 @click.option("--base", default="smollm2", metavar="MODEL", show_default=True, help="The base.")
 @click.option(
@@ -145,12 +132,12 @@ def _count(flag: str, default: int, least: int, help_text: str) -> Callable[[Com
     show_default=True,
     help="Device operations.",
 )
-@_count("--rows", 16, 1, "Sequences of a decode step.")
-@_count("--context", 128, 1, "Prompt tokens of each.")
-@_count("--adapters", 16, 0, "Different LoRAs over them; 0 for the bare base.")
-@_count("--rank", 16, 1, "Of each.")
-@_count("--steps", 40, 1, "Decode steps that are timed.")
-@_count("--seed", 0, 0, "Of prompts and adapters.")
+@count_option("--rows", 16, 1, "Sequences of a decode step.")
+@count_option("--context", 128, 1, "Prompt tokens of each.")
+@count_option("--adapters", 16, 0, "Different LoRAs over them; 0 for the bare base.")
+@count_option("--rank", 16, 1, "Of each.")
+@count_option("--steps", 40, 1, "Decode steps that are timed.")
+@count_option("--seed", 0, 0, "Of prompts and adapters.")
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Of torch.  [default: its own]"
 )
@@ -167,10 +154,12 @@ def step(**options: Any) -> None:
 
 @bench.command()
 @click.option("--base", default="smollm2", metavar="MODEL", show_default=True, help="The base.")
-@_count("--rows", 16, 2, "Sequences of a decode step.")
-@_count("--context", 64, 1, "Prompt tokens of each.")
-@_count("--steps", 50, 1, "Decode steps of a round, with none, half and all rows constrained.")
-@_count("--rounds", 3, 1, "Of these.")
+@count_option("--rows", 16, 2, "Sequences of a decode step.")
+@count_option("--context", 64, 1, "Prompt tokens of each.")
+@count_option(
+    "--steps", 50, 1, "Decode steps of a round, with none, half and all rows constrained."
+)
+@count_option("--rounds", 3, 1, "Of these.")
 def structured(**options: Any) -> None:
     """Tell what it costs a decode step on this CPU that outputs must match a JSON schema."""
     from ..server.engine.process import let_idle_threads_sleep
@@ -182,23 +171,6 @@ def structured(**options: Any) -> None:
         run(Workload(**options))
 
 
-def _refuse(name: str) -> None:
-    """Name a benchmark of a later release."""
-
-    @bench.command(
-        name,
-        short_help="Later release.",
-        context_settings={"ignore_unknown_options": True},
-        add_help_option=False,
-    )
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def refused(arguments: tuple[str, ...]) -> None:
-        raise click.UsageError(
-            f"bench {' '.join([name, *arguments])} is not in this release; see the roadmap in"
-            " CHANGELOG.md; deltamux bench serve measures a running server"
-        )
-
-
 bench.add_command(serve)
 bench.add_command(compare)
-_refuse("adapters")
+bench.add_command(adapters)

@@ -9,7 +9,7 @@ are those of the base's own modules, which are built without memory for their we
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], rank: int, targets: 
 
 def write_adapters(
     base: Path,
-    folders: Sequence[Path],
+    folders: Iterable[Path],
     ranks: Sequence[int],
     *,
     targets: list[str] = TARGETS,

@@ -151,9 +151,14 @@ async def _run_cycles(base_url: str, soak: Soak, pid: int, tally: Tally, folder:
 
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process and of all its descendants."""
+    return own_resident_bytes(pid) + sum(resident_bytes(child) for child in _children(pid))
+
+
+def own_resident_bytes(pid: int) -> int:
+    """Resident memory of a process alone."""
     status = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024 + sum(resident_bytes(child) for child in _children(pid))
+    return int(line.split()[1]) * 1024
 
 
 def _children(pid: int) -> list[int]:

@@ -1,7 +1,8 @@
 """How the commands of ``deltamux bench`` refuse: one line, and exit status 2."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import click
 
@@ -9,6 +10,23 @@ from .errors import BenchmarkError
 
 _PACKAGES = ("httpx", "httpx_aiohttp", "rich", "matplotlib")
 """Of the extra ``bench``."""
+
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+def count_option(
+    flag: str, default: int, least: int, help_text: str
+) -> Callable[[_Command], _Command]:
+    """An option that is a number of things."""
+    return click.option(
+        flag,
+        type=click.IntRange(least),
+        default=default,
+        metavar="N",
+        show_default=True,
+        help=help_text,
+    )
 
 
 class _UseError(click.ClickException):

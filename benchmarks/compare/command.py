@@ -1,29 +1,13 @@
 """``deltamux bench compare``: the options of the comparison."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from ..usage import OneLineCommand, errors_of_use
+from ..usage import OneLineCommand, count_option, errors_of_use
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-Command = TypeVar("Command", bound=Callable[..., object])
-
-
-def _count(flag: str, default: int, help_text: str) -> Callable[[Command], Command]:
-    """An option that is a number of things."""
-    return click.option(
-        flag,
-        type=click.IntRange(1),
-        default=default,
-        metavar="N",
-        show_default=True,
-        help=help_text,
-    )
 
 
 @click.command(
@@ -41,12 +25,12 @@ def _count(flag: str, default: int, help_text: str) -> Callable[[Command], Comma
     metavar="NAME,NAME",
     help="Of base-single, adapter-single, base, shared, distinct and mixed.  [default: all]",
 )
-@_count("--rounds", 3, "How often all systems take their turns.")
+@count_option("--rounds", 3, 1, "How often all systems take their turns.")
 @click.option("--base", default="smollm2", metavar="MODEL", show_default=True, help="The base.")
-@_count("--streams", 16, "Of the scenarios with many; as many adapters are made.")
-@_count("--prompt-tokens", 128, "Of every request; random ids.")
-@_count("--output-tokens", 64, "Of every request, whatever they are.")
-@_count("--requests-per-stream", 4, "That each stream sends in a run.")
+@count_option("--streams", 16, 1, "Of the scenarios with many; as many adapters are made.")
+@count_option("--prompt-tokens", 128, 1, "Of every request; random ids.")
+@count_option("--output-tokens", 64, 1, "Of every request, whatever they are.")
+@count_option("--requests-per-stream", 4, 1, "That each stream sends in a run.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
@@ -55,8 +39,8 @@ def _count(flag: str, default: int, help_text: str) -> Callable[[Command], Comma
     show_default=True,
     help="Send no request after T seconds of a run.",
 )
-@_count("--first-token-id", 1000, "Prompts are drawn from this id")
-@_count("--last-token-id", 30000, "to this one, below the vocabulary's size.")
+@count_option("--first-token-id", 1000, 1, "Prompts are drawn from this id")
+@count_option("--last-token-id", 30000, 1, "to this one, below the vocabulary's size.")
 @click.option(
     "--threads",
     type=click.IntRange(1),

@@ -92,6 +92,11 @@ class Process:
         except OSError as error:
             raise SystemFailed(f"{command[0]}: {error.strerror}") from error
 
+    @property
+    def pid(self) -> int:
+        """Of the program itself."""
+        return self._process.pid
+
     def ended(self) -> bool:
         """Whether it is no more."""
         return self._process.poll() is not None

@@ -50,7 +50,7 @@ class Gauges:
             gauges.append(self._gauge("kv_cache_usage_perc", "1 means full.", usage))
         if info is not None and stats is not None:
             gauges.append(self._lora_requests(info, stats))
-            gauges.append(self._lora_loaded())
+            gauges += [self._lora_loaded(), self._in_memory()]
         return gauges
 
     def _lora_requests(self, info: EngineInfo, stats: EngineStats) -> GaugeMetricFamily:
@@ -75,6 +75,16 @@ class Gauges:
         )
         for each in self._view.residency.loaded():
             family.add_metric((each.name, each.level, str(each.pinned).lower()), 1)
+        return family
+
+    def _in_memory(self) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "deltamux:adapters_in_memory",
+            "Adapters in device (gpu) and host (cpu) memory, those without a name too.",
+            labels=("level",),
+        )
+        for level, number in self._view.residency.counts().items():
+            family.add_metric((level,), number)
         return family
 
     def _registered(self) -> GaugeMetricFamily:

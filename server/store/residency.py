@@ -42,6 +42,11 @@ class Residency:
         tiers = ((DEVICE, residents.digests(self.on_device)), (HOST, residents.digests_on_host()))
         return [each for level, digests in tiers for each in self._in_tier(level, digests)]
 
+    def counts(self) -> dict[str, int]:
+        """Adapters in each tier, those that no name stands for any more too."""
+        on_host = self.registry.residents.num_on_host
+        return {DEVICE: len([*self.on_device]), HOST: on_host}
+
     def names(self, adapter_ids: Iterable[int]) -> list[str]:
         """Names of what the engine calls so."""
         digests = self.registry.residents.digests(adapter_ids)

@@ -167,6 +167,11 @@ class Residents:
         """Whether it is one of those that the engine calls so."""
         return self._ids.get(digest) in adapter_ids
 
+    @property
+    def num_on_host(self) -> int:
+        """Contents in host memory, those that were dropped and are still there too."""
+        return len(self._on_host)
+
     def digests_on_host(self) -> list[str]:
         """Of the contents in host memory."""
         return self.digests(self._on_host)
