@@ -132,6 +132,9 @@ def cli() -> None:
     help="Versions of an adapter that are kept to go back to, the default one included.",
 )
 @_option(
+    "--store-budget", type=_Bytes(), metavar="BYTES", help="Disk for copies of adapters; else any."
+)
+@_option(
     "--max-adapter-size",
     type=Bytes(),
     default="8GiB",

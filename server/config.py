@@ -20,6 +20,7 @@ class ServeConfig:
     adapter_dirs: tuple[Path, ...]
     adapter_sources: tuple[str, ...]
     adapter_versions: int
+    store_budget: int | None
     max_adapter_size: int
     max_upload_size: int
     copy_adapters: bool

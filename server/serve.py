@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from .model.errors import ModelError
 from .model.source import resolve_model
 from .state.database import StateError, open_database, write_address
 from .store.archives import ArchiveLimits
+from .store.arrivals import fetches_ended
 from .store.contents import ContentStore
 from .store.folders import Declared, DeclaredAdapters, DeclaredRefused
 from .store.intake import Intake
@@ -84,6 +87,7 @@ def run(config: ServeConfig) -> None:
     try:
         listener = _bind(config.host, config.port)
         with (
+            _not_waiting_for_fetches(),
             open_tracer(config.otlp_traces_endpoint) as tracer,
             open_database(config.state_dir) as database,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -95,6 +99,24 @@ def run(config: ServeConfig) -> None:
             runner.run(_serve(config, folder, listener, database, tenants, file, tracer))
     except _CANNOT_START as error:
         raise ServeError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _not_waiting_for_fetches() -> Iterator[None]:
+    """Let no source that is still being read hold up the process when it is told to end.
+
+    Python would wait for the threads that read. By now all that matters is on disk, and what was
+    staged is removed.
+    """
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        if not fetches_ended():
+            logger.info("fetches under way are given up")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0))
+        raise
 
 
 def _exit(*_: object) -> None:
@@ -188,7 +210,12 @@ def _registry(config: ServeConfig, engine: EngineClient, database: Engine) -> Ad
     intake = Intake(contents, ArchiveLimits(config.max_adapter_size), config.copy_adapters)
     records = Records(database, config.served_model_name, contents)
     return AdapterRegistry(
-        config.served_model_name, engine, records, intake, config.adapter_versions
+        config.served_model_name,
+        engine,
+        records,
+        intake,
+        config.adapter_versions,
+        config.store_budget,
     )
 
 

@@ -11,6 +11,7 @@ ApiError (a starlette HTTPException, so that it passes through framework code un
 ├── UnsupportedMedia    415  a body that does not say it is JSON
 ├── TooManyRequests     429  the queue is full, or a tenant's limit is reached
 ├── InternalError       500  the engine gave a sequence up
+├── InsufficientStorage 507  the adapter store is full
 ├── NotServed           501  a route of a later release
 ├── BadGateway          502  a source of adapters does not answer as it should
 ├── ServiceUnavailable  503  the engine is down, or an adapter cannot be loaded now
@@ -35,6 +36,7 @@ from ..store.errors import (
     QuotaExceeded,
     RegistryError,
     SourceForbidden,
+    StoreFull,
     UnknownAdapter,
     UnknownModel,
 )
@@ -131,6 +133,13 @@ class InternalError(ApiError):
     """The engine gave a sequence up."""
 
 
+class InsufficientStorage(ApiError):
+    """The adapter store may not take more of the disk."""
+
+    status = 507
+    kind = "InsufficientStorageError"
+
+
 class NotServed(ApiError):
     """A route that a later release will serve."""
 
@@ -204,6 +213,8 @@ def from_registry(error: RegistryError) -> ApiError:
             return ManagementForbidden(message)
         case FetchFailed():
             return BadGateway(message, "source")
+        case StoreFull():
+            return InsufficientStorage(message)
     return InvalidUserInput(message)
 
 

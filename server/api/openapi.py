@@ -41,6 +41,7 @@ _ERRORS = {
     501: "A later release will serve this.",
     503: "The engine is starting or restarting; try again after `Retry-After` seconds.",
     504: "The request had not begun to run when its `deadline_ms` had passed.",
+    507: "Copies of adapters may take no more of the disk.",
 }
 _BODY = (400, 413, 415)
 _GENERATION = (*_BODY, 404, 429, 500, 503, 504)
@@ -200,7 +201,7 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ("get", "/v1/adapters"): RouteDoc({"object": "list", "data": [_ADAPTER]}, (400, 403)),
     ("post", "/v1/adapters"): RouteDoc(
         _ADAPTER,
-        (*_BODY, *_MANAGEMENT, 503),
+        (*_BODY, *_MANAGEMENT, 503, 507),
         {"name": "pirate", "path": "/srv/adapters/pirate"},
         status=201,
     ),
@@ -213,7 +214,7 @@ DOCS: Mapping[tuple[str, str], RouteDoc] = {
     ),
     ("post", "/v1/load_lora_adapter"): RouteDoc(
         "Success: LoRA adapter 'pirate' added successfully.",
-        (*_BODY, *_MANAGEMENT, 503),
+        (*_BODY, *_MANAGEMENT, 503, 507),
         {"lora_name": "pirate", "lora_path": "/srv/adapters/pirate"},
         media="text/plain",
     ),

@@ -40,7 +40,7 @@ class Gauges:
     def collect(self) -> list[GaugeMetricFamily]:
         """What is known now; gauges of an engine that is down are left out."""
         info, stats = self._view.info, self._view.stats
-        gauges = [self._registered(), self._up()]
+        gauges = [self._registered(), self._store_bytes(), self._up()]
         if info is not None:
             gauges.append(self._cache_config(info))
         if stats is not None:
@@ -93,6 +93,13 @@ class Gauges:
         )
         family.add_metric((self._model_name,), len(self._view.residency.registry.catalog))
         return family
+
+    def _store_bytes(self) -> GaugeMetricFamily:
+        return GaugeMetricFamily(
+            "deltamux:adapter_store_bytes",
+            "Disk that copies of adapters take.",
+            value=self._view.residency.registry.store_bytes,
+        )
 
     def _up(self) -> GaugeMetricFamily:
         family = GaugeMetricFamily(

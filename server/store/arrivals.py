@@ -4,6 +4,8 @@ Everything that takes time runs in worker threads; what decides runs on the even
 """
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +15,26 @@ from typing import BinaryIO
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+from .budget import DiskBudget
 from .contents import ContentStore
-from .errors import DigestMismatch
+from .errors import DigestMismatch, FetchFailed
 from .intake import Intake, Staged
 from .sources import Source, SourceKind
 
+_FETCH_THREAD = "adapter-fetch"
+_LAST_FETCH_SECONDS = 1.0
+
 _FETCHES = 8
 """Sources that are read at once; in threads of their own, so that nothing else waits for one."""
+
+
+def fetches_ended() -> bool:
+    """Whether no thread reads a source any more, after a short wait for those that are about to."""
+    deadline = time.monotonic() + _LAST_FETCH_SECONDS
+    threads = [each for each in threading.enumerate() if each.name.startswith(_FETCH_THREAD)]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 class Arrivals:
@@ -29,6 +44,8 @@ class Arrivals:
         intake: How a source is brought here.
         is_needed: Whether any version has a content; asked before one is removed.
         release: Takes a content that is to be removed out of memory.
+        budget: Of the disk.
+        known: Contents that any version has.
     """
 
     def __init__(
@@ -36,12 +53,16 @@ class Arrivals:
         intake: Intake,
         is_needed: Callable[[str], Awaitable[bool]],
         release: Callable[[str], Awaitable[None]],
+        budget: DiskBudget,
+        known: Callable[[], Awaitable[set[str]]],
     ) -> None:
         """Start with nothing on its way."""
         self._intake = intake
         self._is_needed = is_needed
         self._release = release
-        self._threads = ThreadPoolExecutor(_FETCHES, thread_name_prefix="adapter-fetch")
+        self._budget = budget
+        self._known = known
+        self._threads = ThreadPoolExecutor(_FETCHES, thread_name_prefix=_FETCH_THREAD)
         self._fetches: dict[str, asyncio.Future[Staged]] = {}
         self._users: Counter[str] = Counter()
         self._arriving: Counter[str] = Counter()
@@ -101,9 +122,10 @@ class Arrivals:
             if not self._arriving[digest] and not await self._is_needed(digest):
                 await self._release(digest)
                 await asyncio.to_thread(self._contents.remove, digest)
+                self._budget.release(digest)
 
     def close(self) -> None:
-        """Begin no more fetches."""
+        """Begin no more fetches, and leave those behind that run."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
@@ -125,8 +147,25 @@ class Arrivals:
         async with self._lock(staged.digest):
             if not staged.copied:
                 return staged
-            folder = await asyncio.to_thread(self._contents.adopt, staged.folder, staged.digest)
+            await self._reserve(staged)
+            try:
+                folder = await asyncio.to_thread(self._contents.adopt, staged.folder, staged.digest)
+            except OSError as error:
+                self._budget.release(staged.digest)
+                raise FetchFailed(f"{staged.source} cannot be kept: {error}") from error
         return replace(staged, folder=folder)
+
+    async def _reserve(self, staged: Staged) -> None:
+        """Count a content, collecting others that nothing needs if there is no room.
+
+        Raises:
+            StoreFull: There is none all the same.
+        """
+        if not self._budget.has_room(staged.digest, staged.file_bytes):
+            unneeded = self._budget.digests - await self._known() - self._arriving.keys()
+            for digest in unneeded:
+                await self.collect(digest)
+        self._budget.reserve(staged.digest, staged.file_bytes)
 
     def _discard(self, task: "asyncio.Future[Staged]") -> None:
         """Remove what was staged and not adopted; it is small work, renamed away or not there."""

@@ -53,10 +53,14 @@ class ContentStore:
             _flush_folder(self._contents)
             self.discard(grave)
 
-    def sweep(self, known: set[str]) -> list[str]:
-        """Remove what killed servers left behind: what is staged, and contents not ``known``."""
+    def clear_staging(self) -> None:
+        """Remove whatever is staged; nobody may want it any more."""
         for left in self._staging.iterdir():
             self.discard(left)
+
+    def sweep(self, known: set[str]) -> list[str]:
+        """Remove what killed servers left behind: what is staged, and contents not ``known``."""
+        self.clear_staging()
         unknown = [entry.name for entry in os.scandir(self._contents) if entry.name not in known]
         for digest in unknown:
             self.remove(digest)

@@ -13,6 +13,7 @@ RegistryError
 ├── SourceForbidden      a source that this server may not use
 ├── FetchFailed          an allowed source did not give the adapter
 ├── ArchiveRefused       an archive that is corrupt, hostile or too large
+├── StoreFull            its files exceed what the store may take of the disk
 └── DigestMismatch       the files are not those the caller asked for
 """
 
@@ -72,6 +73,10 @@ class FetchFailed(RegistryError):
 
 class ArchiveRefused(RegistryError):
     """An archive that is corrupt, hostile or too large."""
+
+
+class StoreFull(RegistryError):
+    """The files exceed what the store may take of the disk."""
 
 
 class DigestMismatch(RegistryError):

@@ -39,6 +39,14 @@ class Records:
         with self._database.connect() as connection:
             return set(connection.execute(select(versions.c.digest).distinct()).scalars())
 
+    def copies(self) -> dict[str, int]:
+        """Sizes of the store's own copies, of all bases, by digest."""
+        with self._database.connect() as connection:
+            query = select(versions.c.digest, versions.c.file_bytes).where(
+                versions.c.path.is_(None)
+            )
+            return {row.digest: row.file_bytes for row in connection.execute(query)}
+
     def has_content(self, digest: str) -> bool:
         """Whether any adapter of any base has this content."""
         with self._database.connect() as connection:

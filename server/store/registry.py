@@ -20,6 +20,7 @@ from ..engine.messages import AdapterInfo
 from ..tenants.tenant import TenantLimits
 from .arrivals import Arrivals
 from .backoff import Backoff
+from .budget import DiskBudget
 from .catalog import Catalog
 from .entries import Adapter, Usage, Version
 from .errors import AlreadyLoaded, QuotaExceeded, RegistryError, VersionRefused
@@ -47,6 +48,7 @@ class AdapterRegistry:
         records: The database.
         intake: How adapters come here.
         keep_versions: Versions of a name that are kept, the default one included.
+        store_budget: Bytes of the disk that copies may take; None for any number.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class AdapterRegistry:
         records: Records,
         intake: Intake,
         keep_versions: int,
+        store_budget: int | None = None,
     ) -> None:
         """Start with the base alone; ``open`` reads what was registered before."""
         self._records = records
@@ -68,7 +71,10 @@ class AdapterRegistry:
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self.catalog = Catalog(base_name)
         self.residents = Residents(engine, self._note_info)
-        self._arrivals = Arrivals(intake, self._is_needed, self.residents.drop)
+        self._budget = DiskBudget(store_budget)
+        self._arrivals = Arrivals(
+            intake, self._is_needed, self.residents.drop, self._budget, self._known
+        )
         self.leases = Leases(self.catalog, self.residents, self._collect_later)
 
     async def open(self, origins: frozenset[str] = frozenset()) -> None:
@@ -82,8 +88,8 @@ class AdapterRegistry:
             if adapter.origin in origins | {""}:
                 self.catalog.put(adapter)
                 self.leases.usage[adapter.name] = usage
-        known = await asyncio.to_thread(self._records.digests)
-        swept = await asyncio.to_thread(self._intake.contents.sweep, known)
+        swept = await asyncio.to_thread(self._intake.contents.sweep, await self._known())
+        self._budget.count(await asyncio.to_thread(self._records.copies))
         if swept:
             logger.warning("removed %d contents that no adapter has", len(swept))
         self.residents.pin(self.catalog.pinned())
@@ -95,6 +101,7 @@ class AdapterRegistry:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._write_usage()
+        await asyncio.to_thread(self._intake.contents.clear_staging)
 
     async def add(self, wanted: Wanted) -> Adapter:
         """Serve the adapter of a source under a name; on any error nothing has changed.
@@ -213,6 +220,11 @@ class AdapterRegistry:
                 check_pins(adapter, self.catalog.pinned(), host_bytes)
             return await self._put(adapter)
 
+    @property
+    def store_bytes(self) -> int:
+        """Disk that the store's own copies take."""
+        return self._budget.taken
+
     def error(self, adapter: Adapter) -> str | None:
         """Why the adapter could not be fetched or loaded the last time, None where it could."""
         fetch = self._fetch_failures.reason(adapter.name)
@@ -325,6 +337,9 @@ class AdapterRegistry:
     async def _is_needed(self, digest: str) -> bool:
         held = self.leases.is_held(digest)
         return held or await asyncio.to_thread(self._records.has_content, digest)
+
+    async def _known(self) -> set[str]:
+        return await asyncio.to_thread(self._records.digests)
 
     def _collect_later(self, digest: str) -> None:
         if not self.catalog.with_content(digest):

@@ -51,6 +51,7 @@ def open_registry(
     keep_versions: int = 5,
     copy_local: bool = True,
     archives: ArchiveLimits | None = None,
+    store_budget: int | None = None,
 ) -> Iterator[AdapterRegistry]:
     """A registry as the server makes it; ``open`` has not been called."""
     with open_database(state_dir) as database:
@@ -62,6 +63,7 @@ def open_registry(
             keep_versions=keep_versions,
             copy_local=copy_local,
             archives=archives,
+            store_budget=store_budget,
         )
 
 
@@ -74,7 +76,9 @@ def make_registry(
     keep_versions: int = 5,
     copy_local: bool = True,
     archives: ArchiveLimits | None = None,
+    store_budget: int | None = None,
 ) -> AdapterRegistry:
     contents = ContentStore(state_dir / "adapters")
     intake = Intake(contents, archives or ArchiveLimits(), copy_local)
-    return AdapterRegistry(base, engine, Records(database, base, contents), intake, keep_versions)
+    records = Records(database, base, contents)
+    return AdapterRegistry(base, engine, records, intake, keep_versions, store_budget)
