@@ -39,17 +39,24 @@ class Fleet:
 
 
 def make_fleet(
-    base: Path, work_dir: Path, count: int, rank: int, seed: int, *, b_std: float = B_STD
+    base: Path,
+    work_dir: Path,
+    count: int,
+    rank: int,
+    seed: int,
+    *,
+    b_std: float = B_STD,
+    name: str = "lora",
 ) -> Fleet:
-    """Write the adapters below ``work_dir``, or find those of an earlier run.
+    """Write adapters called ``name`` and a number below ``work_dir``, or find an earlier run's.
 
     Raises:
         BenchmarkError: The base has none of the modules, or the disk has too little room for the
             adapters and for the copies that a server makes of them.
     """
-    told = json.dumps([str(base.resolve()), count, rank, TARGETS, seed, b_std])
+    told = json.dumps([str(base.resolve()), count, rank, TARGETS, seed, b_std, name])
     folder = work_dir / f"adapters-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-    names = tuple(f"lora-{index:05}" for index in range(count))
+    names = tuple(f"{name}-{index:05}" for index in range(count))
     try:
         one = _size_of_one(base, work_dir, rank)
         there = folder.is_dir()

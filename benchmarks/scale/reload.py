@@ -67,17 +67,27 @@ def measure(setup: Setup, reloads: int) -> Finding:
     Raises:
         BenchmarkError: The versions cannot be told apart, or the server cannot be had or ended.
     """
-    versions = make_fleet(
-        setup.base, setup.work_dir, VERSIONS, _RANK, setup.size.seed, b_std=_STRENGTH
-    )
+    versions = make_versions(setup)
     state_dir = setup.work_dir / "reload-state"
     shutil.rmtree(state_dir, ignore_errors=True)
     options: list[Option] = ["--adapter-dir", versions.folder, "--dtype", "float32"]
     options += ["--memory-budget", str(_MEMORY_BUDGET), "--host-memory-budget", str(_HOST_BUDGET)]
     setup.say("reload: starting")
     with running(setup, "reload", state_dir, options) as subject:
-        run = _Run(setup, subject, versions, state_dir / "adapters" / "contents")
-        return asyncio.run(run.all(reloads))
+        return asyncio.run(_Run(setup, subject, versions).all(reloads))
+
+
+def make_versions(setup: Setup) -> Fleet:
+    """The adapters that the name stands for in turn."""
+    return make_fleet(
+        setup.base,
+        setup.work_dir,
+        VERSIONS,
+        _RANK,
+        setup.size.seed,
+        b_std=_STRENGTH,
+        name="version",
+    )
 
 
 def judge(tally: Tally, before: Mapping[str, int], after: Mapping[str, int]) -> Finding:
@@ -123,11 +133,10 @@ def left(before: Mapping[str, int], after: Mapping[str, int]) -> int:
 class _Run:
     """A run under way."""
 
-    def __init__(self, setup: Setup, subject: Subject, versions: Fleet, contents: Path) -> None:
+    def __init__(self, setup: Setup, subject: Subject, versions: Fleet) -> None:
         self._setup = setup
         self._subject = subject
         self._versions = versions
-        self._contents = contents
         self._progress = Progress()
         self._tally = Tally()
         self._over = asyncio.Event()
@@ -220,8 +229,7 @@ class _Run:
         }
         for level, names in self._subject.loaded().items():
             held[f"{level}_bytes"] = sum(sizes[name] for name in names)
-        files = [file for file in self._contents.rglob("*") if file.is_file()]
-        return held | {"disk_bytes": sum(file.stat().st_size for file in files)}
+        return held | {"disk_bytes": self._subject.store_bytes()}
 
     async def _held_at_last(self, before: Mapping[str, int]) -> dict[str, int]:
         """What is held once it is what it was, or after a while."""

@@ -77,6 +77,10 @@ class Subject:
         samples = self._samples("deltamux:adapters_in_memory")
         return {labels["level"]: int(value) for labels, value in samples}
 
+    def store_bytes(self) -> int:
+        """Disk that the store's copies take."""
+        return sum(int(value) for _, value in self._samples("deltamux:adapter_store_bytes"))
+
     def cached_tokens(self) -> int:
         """Prompt tokens that were found in the prefix cache so far."""
         return sum(int(value) for _, value in self._samples("vllm:prefix_cache_hits"))
