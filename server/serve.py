@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -281,6 +282,9 @@ async def _start_up(
     watching = asyncio.create_task(declared.watch(), name="adapter-folders")
     try:
         await declared.register()
+        # What is there now stays: the collector would look through all of it, between two tokens.
+        gc.collect()
+        gc.freeze()
         state.started.set()
         _say_ready(config, listener, state)
         await watching

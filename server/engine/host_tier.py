@@ -15,6 +15,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -235,9 +236,12 @@ class HostTier:
         """Drop ready adapters that nothing holds, least recently used first, down to the budget."""
         if self._ready_bytes <= self._budget:
             return
-        idle = [one for one in self._ready if not self.is_held(one)]
-        for adapter_id in sorted(idle, key=self._pinned.__contains__):
-            self._drop(adapter_id)
+        # There may be ten thousand, of which the first few will do: no more are looked at.
+        order = list(self._ready)
+        others = (one for one in order if one not in self._pinned)
+        for adapter_id in chain(others, (one for one in order if one in self._pinned)):
+            if not self.is_held(adapter_id):
+                self._drop(adapter_id)
             if self._ready_bytes <= self._budget:
                 return
 

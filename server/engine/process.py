@@ -4,6 +4,7 @@ It ends on ``Shutdown``, when the HTTP process goes away, or when anything raise
 sees it end and starts another.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -76,6 +77,9 @@ def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
     from .build import build_engine
 
     engine, host, info = build_engine(config)
+    # What is there now stays: the collector would look through all of it, between two tokens.
+    gc.collect()
+    gc.freeze()
     mailbox.watch(host.wakeup)
     mailbox.send([info])
     while True:

@@ -64,6 +64,7 @@ class Arrivals:
         self._known = known
         self._threads = ThreadPoolExecutor(_FETCHES, thread_name_prefix=_FETCH_THREAD)
         self._fetches: dict[str, asyncio.Future[Staged]] = {}
+        self._under_way: set[asyncio.Future[Staged]] = set()
         self._users: Counter[str] = Counter()
         self._arriving: Counter[str] = Counter()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -102,7 +103,9 @@ class Arrivals:
     ) -> AsyncIterator[Staged]:
         if key not in self._fetches:
             loop = asyncio.get_running_loop()
-            self._fetches[key] = loop.run_in_executor(self._threads, stage)
+            begun = self._fetches[key] = loop.run_in_executor(self._threads, stage)
+            self._under_way.add(begun)
+            begun.add_done_callback(self._under_way.discard)
         task = self._fetches[key]
         self._users[key] += 1
         try:
@@ -125,8 +128,10 @@ class Arrivals:
                 self._budget.release(digest)
 
     def close(self) -> None:
-        """Begin no more fetches, and leave those behind that run."""
+        """Begin no more fetches, and give up those that run: their threads go on for nobody."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for fetch in list(self._under_way):
+            fetch.cancel()
 
     @asynccontextmanager
     async def _kept(self, staged: Staged, expected: str | None) -> AsyncIterator[Staged]:
