@@ -57,6 +57,11 @@ class Options:
         return SCENARIOS if self.scenario == "all" else (self.scenario,)
 
     @property
+    def fleet_size(self) -> int:
+        """Adapters that the scenarios need; reload makes its own."""
+        return 1 if self.scenario == "reload" else self.adapters
+
+    @property
     def size(self) -> Size:
         """How much is asked for."""
         return Size(
@@ -120,7 +125,7 @@ def _setup(options: Options, say: Say) -> Setup:
         base = resolve_model(options.base, default_state_dir())
     except ModelError as error:
         raise BenchmarkError(f"--base {options.base}: {error}") from error
-    fleet = make_fleet(base, work_dir, options.adapters, options.rank, options.seed)
+    fleet = make_fleet(base, work_dir, options.fleet_size, options.rank, options.seed)
     threads = options.threads or len(os.sched_getaffinity(0))
     return Setup(base, work_dir, fleet, options.size, threads, say)
 
