@@ -1,6 +1,7 @@
 """The server under measurement: started as a user would, asked what it holds, weighed."""
 
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -12,8 +13,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..compare.peers.server import start_server
-from ..compare.process import Process, SystemFailed
+from ..compare.process import Process
 from ..errors import BenchmarkError
 from ..load.run import Outcome, run
 from ..load.workload import Workload
@@ -21,6 +21,8 @@ from ..swap_soak import own_resident_bytes, resident_bytes
 from .setup import BASE, Option, Setup
 
 _SILENCE_SECONDS = 300.0
+_START_SECONDS, _POLL_SECONDS = 900.0, 0.1
+_READY = re.compile(r"ready on (http://\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +120,27 @@ def running(
         BenchmarkError: It does not start.
     """
     command: list[Option] = [sys.executable, "-m", "deltamux", "serve", setup.base]
-    command += ["--served-model-name", BASE, "--state-dir", state_dir, *options]
+    command += ["--port", "0", "--served-model-name", BASE, "--state-dir", state_dir, *options]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["OMP_NUM_THREADS"] = str(setup.threads)
     logs = setup.work_dir / "logs"
     logs.mkdir(exist_ok=True)
     started = time.monotonic()
+    process = Process(command, logs / f"{log}.log", env)
     try:
-        process, url = start_server(command, logs / f"{log}.log", env, "/ready")
-    except SystemFailed as error:
-        raise BenchmarkError(f"the server cannot be measured: {error}") from error
-    try:
+        url = _url_when_ready(process)
         yield Subject(process, url, time.monotonic() - started)
     finally:
         process.end()
+
+
+def _url_when_ready(process: Process) -> str:
+    """The address that it says it is ready on: it chooses the port, so that no other has it."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        said = _READY.search(process.log.read_text(errors="replace"))
+        if said is not None:
+            return said[1]
+        if process.ended() or time.monotonic() > deadline:
+            raise BenchmarkError(f"the server did not start: {process.obituary()}")
+        time.sleep(_POLL_SECONDS)
