@@ -35,6 +35,8 @@ _UNLOAD_SECONDS = 20.0
 
 Prompt = tuple[int, ...]
 Tokens = tuple[int, ...]
+Known = Mapping[tuple[int, Prompt], Tokens]
+"""Answers by version and prompt."""
 
 
 @dataclass(slots=True)
@@ -151,7 +153,7 @@ class _Run:
             after = await self._held_at_last(before)
         return judge(self._tally, before, after)
 
-    async def _known(self, client: httpx.AsyncClient) -> Mapping[tuple[int, Prompt], Tokens]:
+    async def _known(self, client: httpx.AsyncClient) -> Known:
         """The answers of each version to prompts to which all answer differently."""
         known: dict[tuple[int, Prompt], Tokens] = {}
         found = 0
@@ -166,9 +168,7 @@ class _Run:
                 return known
         raise BenchmarkError("reload: the versions answer too much alike to be told apart")
 
-    async def _under_load(
-        self, client: httpx.AsyncClient, known: Mapping[tuple[int, Prompt], Tokens], reloads: int
-    ) -> None:
+    async def _under_load(self, client: httpx.AsyncClient, known: Known, reloads: int) -> None:
         source = self._setup.work_dir / "reload-source"
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir()
@@ -195,31 +195,34 @@ class _Run:
         await _call(client, "POST", "/v1/adapters", body)
         self._progress.acknowledged = number
 
-    async def _stream(
-        self, client: httpx.AsyncClient, known: Mapping[tuple[int, Prompt], Tokens], index: int
-    ) -> None:
+    async def _stream(self, client: httpx.AsyncClient, known: Known, index: int) -> None:
         """Ask the prompts in turn, of the name and now and then of a version under its own."""
         prompts = list(dict.fromkeys(prompt for _, prompt in known))
         for number in count(index):
             if self._over.is_set():
                 return
-            prompt, version = prompts[number % len(prompts)], number // 4 % VERSIONS
-            own = number % 4 == 0
-            name = self._versions.names[version] if own else NAME
-            oldest = self._progress.acknowledged
+            turn, prompt = number // 4, prompts[(number + number // 4) % len(prompts)]
+            version = turn % VERSIONS if number % 4 == 0 else None
             try:
-                answer, newest = await _ask(client, name, prompt, self._progress)
+                await self._check(client, known, prompt, version)
             except (RequestFailed, httpx.HTTPError) as error:
-                self._tally.errors.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            self._tally.answers += 1
-            allowed = {version} if own else {each % VERSIONS for each in range(oldest, newest + 1)}
-            if answer not in {known[each, prompt] for each in allowed}:
-                of = [each for each in range(VERSIONS) if known[each, prompt] == answer]
-                self._tally.wrong.append(
-                    f"{name}, between reloads {oldest} and {newest}: an answer of"
-                    f" {f'version {of[0]}' if of else 'none of the versions'}"
-                )
+                self._tally.errors.append(f"{type(error).__name__}: {error}")
+
+    async def _check(
+        self, client: httpx.AsyncClient, known: Known, prompt: Prompt, version: int | None
+    ) -> None:
+        """Ask a version under its own name, or the name that is reloaded, and judge the answer."""
+        oldest = self._progress.acknowledged
+        model = NAME if version is None else self._versions.names[version]
+        answer, newest = await _ask(client, model, prompt, self._progress)
+        self._tally.answers += 1
+        served = range(oldest, newest + 1) if version is None else (version,)
+        if answer not in {known[each % VERSIONS, prompt] for each in served}:
+            of = [each for each in range(VERSIONS) if known[each, prompt] == answer]
+            self._tally.wrong.append(
+                f"{model}, between reloads {oldest} and {newest}: an answer of"
+                f" {f'version {of[0]}' if of else 'none of the versions'}"
+            )
 
     def _held(self) -> dict[str, int]:
         """Adapters and their bytes in each tier."""
