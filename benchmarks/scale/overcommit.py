@@ -7,7 +7,7 @@ is measured is bringing them to the device and waiting for room there.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from ..errors import BenchmarkError
@@ -121,9 +121,9 @@ async def _levels(setup: Setup, subject: Subject) -> tuple[int, list[Level]]:
         for times in LEVELS if number % 2 else LEVELS[::-1]:
             setup.say(f"overcommit: round {number} of {setup.size.rounds}, {times:g}x")
             names = setup.fleet.names[: live[times]]
-            load = setup.size.workload(
-                names, Popularity("uniform"), f"overcommit/{number}/{times}", warmup=live[times]
-            )
+            await _touch(setup, subject, min(live[times], held))
+            phase = f"overcommit/{number}/{times}"
+            load = setup.size.workload(names, Popularity("uniform"), phase)
             runs[times].append(await subject.run(load))
     return held, [Level(times, live[times], tuple(runs[times])) for times in LEVELS]
 
@@ -140,6 +140,6 @@ async def _held(setup: Setup, subject: Subject) -> int:
 
 
 async def _touch(setup: Setup, subject: Subject, to: int, start: int = 0) -> None:
-    """Ask for each of these adapters once."""
-    names = setup.fleet.names[start:to]
-    await subject.run(setup.size.workload(names, Popularity("turns"), f"touch/{to}", len(names)))
+    """Ask for each of these adapters once, for one token."""
+    names, size = setup.fleet.names[start:to], replace(setup.size, output_tokens=1)
+    await subject.run(size.workload(names, Popularity("turns"), f"touch/{to}", len(names)))
