@@ -132,7 +132,7 @@ def cli() -> None:
     help="Versions of an adapter that are kept to go back to, the default one included.",
 )
 @_option(
-    "--store-budget", type=_Bytes(), metavar="BYTES", help="Disk that copies of adapters may take."
+    "--store-budget", type=Bytes(), metavar="BYTES", help="Disk that copies of adapters may take."
 )
 @_option(
     "--max-adapter-size",
