@@ -18,6 +18,7 @@ from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
 from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
 from .copies import make_copies
 from .extents import ExtentError, Extents
+from .residency import PoolSize
 
 _EMPTY = -1
 
@@ -108,6 +109,10 @@ class AdapterPool:
     def changes_head(self, slot: int) -> bool:
         """Whether the part in this slot corrects the head's output."""
         return slot in self._at_head
+
+    def size(self, adapter: LoweredAdapter) -> PoolSize:
+        """What the adapter takes."""
+        return PoolSize(adapter.num_device_bytes, len(adapter.parts))
 
     def fits_at_all(self, adapter: LoweredAdapter) -> bool:
         """Whether the adapter fits into the pool when nothing else is in it."""

@@ -1,11 +1,14 @@
 """Which adapters are on the device, and which must stay: reference counts over the pool.
 
-Free of torch. An adapter that no sequence holds stays where it is until its room is needed; then
-the one that has been idle longest goes first.
+Free of torch. An adapter that no sequence holds stays where it is until its room is needed. Then
+those go first that nobody who waits has asked for, the one that has been idle longest before the
+others; of those that are expected, the one that is needed last. A *pinned* adapter stays. Only
+where nothing else is in use and one still finds no room does it make way, for a while.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from functools import reduce
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 Adapter = TypeVar("Adapter")
 Place = TypeVar("Place")
@@ -14,6 +17,26 @@ Adapter_contra = TypeVar("Adapter_contra", contravariant=True)
 
 class ResidencyError(LookupError):
     """An adapter was asked for that is not resident or not held: a bug of the caller."""
+
+
+class PoolSize(NamedTuple):
+    """What adapters take of a pool.
+
+    Attributes:
+        num_bytes: Of its memory.
+        parts: Of its adapter slots.
+    """
+
+    num_bytes: int = 0
+    parts: int = 0
+
+    def beside(self, other: "PoolSize") -> "PoolSize":
+        """Both together."""
+        return PoolSize(self.num_bytes + other.num_bytes, self.parts + other.parts)
+
+    def within(self, room: "PoolSize") -> bool:
+        """Whether there is room for this."""
+        return self.num_bytes <= room.num_bytes and self.parts <= room.parts
 
 
 class Pool(Protocol[Adapter_contra, Place]):
@@ -31,9 +54,16 @@ class Pool(Protocol[Adapter_contra, Place]):
         """Free a place."""
         ...
 
+    def size(self, adapter: Adapter_contra) -> PoolSize:
+        """What an adapter takes."""
+        ...
+
     def check_integrity(self) -> None:
         """Raise unless the pool's own books balance."""
         ...
+
+
+_NOTHING = PoolSize()
 
 
 class Residency(Generic[Adapter, Place]):
@@ -42,10 +72,19 @@ class Residency(Generic[Adapter, Place]):
     Args:
         pool: The device memory.
         lowered: The adapter of an id, in host memory.
+        pin_room: What pinned adapters may take of the pool; more of them are treated like others.
     """
 
-    def __init__(self, pool: Pool[Adapter, Place], lowered: Callable[[int], Adapter]) -> None:
+    def __init__(
+        self,
+        pool: Pool[Adapter, Place],
+        lowered: Callable[[int], Adapter],
+        pin_room: PoolSize = _NOTHING,
+    ) -> None:
         """Start with nothing resident."""
+        self._pin_room = pin_room
+        self._pinned: dict[int, PoolSize] = {}
+        self._expected: dict[int, int] = {}
         self._pool = pool
         self._lowered = lowered
         self._places: dict[int, Place] = {}
@@ -55,8 +94,8 @@ class Residency(Generic[Adapter, Place]):
     def acquire(self, *adapter_ids: int) -> bool:
         """Hold all these adapters on the device for one more sequence, or none of them.
 
-        Makes room by dropping the least recently used adapters that no sequence holds. False, with
-        nothing held, where even that is not enough.
+        Makes room by dropping adapters that no sequence holds. False, with nothing held, where even
+        that is not enough.
         """
         if self._hold_all(adapter_ids):
             return True
@@ -79,6 +118,44 @@ class Residency(Generic[Adapter, Place]):
         if not self._holders[adapter_id]:
             del self._holders[adapter_id]
             self._idle[adapter_id] = None
+
+    def fits(self, *adapter_ids: int) -> bool:
+        """Whether these adapters are on the device, or find room beside all that are."""
+        missing = [one for one in adapter_ids if one not in self._places]
+        # Of several, one at a time: that they find no room together is seen when they come.
+        return all(self._pool.evictions_for(self._lowered(one), ()) == 0 for one in missing)
+
+    def expect(self, adapter_ids: Sequence[int]) -> None:
+        """What those who wait will acquire, the first first; replaces what was expected before."""
+        self._expected = {adapter_id: turn for turn, adapter_id in enumerate(adapter_ids)}
+
+    def prefetch(self) -> None:
+        """Bring in the next expected adapter that is not there, in the room of unexpected ones."""
+        missing = next((one for one in self._expected if one not in self._places), None)
+        if missing is not None and self._bring_in(missing, self._expected):
+            self._idle[missing] = None
+
+    def pin(self, adapter_id: int) -> bool:
+        """Keep an adapter, which is in host memory, on the device as soon as there is room.
+
+        False, with nothing changed, where pinned adapters would take more than they may.
+        """
+        size = self._pool.size(self._lowered(adapter_id))
+        pinned = self._pinned | {adapter_id: size}
+        if not reduce(PoolSize.beside, pinned.values()).within(self._pin_room):
+            return False
+        self._pinned = pinned
+        return True
+
+    def unpin(self, adapter_id: int) -> None:
+        """Treat the adapter like any other again."""
+        self._pinned.pop(adapter_id, None)
+
+    def bring_back(self, is_ready: Callable[[int], bool]) -> None:
+        """Bring in pinned adapters that are not here, as far as they are in host memory."""
+        for missing in [one for one in self._pinned if one not in self._places and is_ready(one)]:
+            if self._bring_in(missing, self._expected):
+                self._idle[missing] = None
 
     def place(self, adapter_id: int) -> Place:
         """Where a resident adapter is.
@@ -104,6 +181,7 @@ class Residency(Generic[Adapter, Place]):
             raise ResidencyError(
                 f"adapter {adapter_id} cannot go: {self._holders[adapter_id]} sequences hold it"
             )
+        self.unpin(adapter_id)
         if adapter_id in self._places:
             self._evict(adapter_id)
 
@@ -120,19 +198,20 @@ class Residency(Generic[Adapter, Place]):
             raise ResidencyError("an adapter is held by no sequence")
 
     def _hold_all(self, adapter_ids: Sequence[int]) -> bool:
-        for count, adapter_id in enumerate(adapter_ids):
-            if adapter_id not in self._places and not self._bring_in(adapter_id, adapter_ids):
-                for held in adapter_ids[:count]:
+        there_first = sorted(adapter_ids, key=lambda one: one not in self._places)
+        for count, adapter_id in enumerate(there_first):
+            if adapter_id not in self._places and not self._bring_in(adapter_id, ()):
+                for held in there_first[:count]:
                     self.release(held)
                 return False
             self._idle.pop(adapter_id, None)
             self._holders[adapter_id] = self._holders.get(adapter_id, 0) + 1
         return True
 
-    def _bring_in(self, adapter_id: int, wanted: Sequence[int]) -> bool:
-        """Install the adapter, dropping idle ones if need be, of those ``wanted`` too the last."""
+    def _bring_in(self, adapter_id: int, kept: Collection[int]) -> bool:
+        """Install the adapter, dropping idle ones if need be, but none of ``kept``."""
         adapter = self._lowered(adapter_id)
-        idle = sorted(self._idle, key=lambda other: other in wanted)
+        idle = [other for other in self._victims() if other not in kept]
         evictions = self._pool.evictions_for(adapter, [self._places[other] for other in idle])
         if evictions is None:
             return False
@@ -143,6 +222,12 @@ class Residency(Generic[Adapter, Place]):
             raise ResidencyError(f"the room made for adapter {adapter_id} is not there")
         self._places[adapter_id] = place
         return True
+
+    def _victims(self) -> list[int]:
+        """Idle adapters that may go, the first first."""
+        idle = (one for one in self._idle if one not in self._pinned)
+        last = len(self._expected)
+        return sorted(idle, key=lambda one: -self._expected.get(one, last))
 
     def _evict(self, adapter_id: int) -> None:
         self._pool.remove(self._places.pop(adapter_id))

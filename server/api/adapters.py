@@ -88,8 +88,8 @@ async def change_adapter(
     if body.rollback or body.version is not None:
         adapter = await state.registry.set_default(adapter.name, body.version)
     if body.pinned is not None:
-        room = state.require_info().adapter_room
-        adapter = await state.registry.set_pinned(adapter.name, body.pinned, room.host_bytes)
+        room = state.require_info().pin_room
+        adapter = await state.registry.set_pinned(adapter.name, body.pinned, room)
     return _card(adapter, state, caller)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...adapters.device.pool import AdapterPool, Placement
-from ...adapters.device.residency import Residency
+from ...adapters.device.residency import PoolSize, Residency
 from ...adapters.errors import AdapterTooLarge
 from ...adapters.lower import lower
 from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter
@@ -25,7 +25,7 @@ from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
 from ..text.tokenizer import Tokenizer, TokenizerError
-from .config import ADAPTER_SHARE, EngineConfig
+from .config import ADAPTER_SHARE, PINNED_HOST_SHARE, PINNED_SHARE, EngineConfig
 from .core import Engine
 from .errors import EngineMisconfigured
 from .grammars import GrammarCompiler
@@ -116,7 +116,8 @@ def build_parts(
     kv_cache = decoder.new_kv_cache(num_blocks, config.block_size)
     lowering = _lowering(base, pool, blocks, limits.max_model_len, config.host_memory_budget)
     host = HostTier(lowering, config.host_memory_budget)
-    residency = Residency(pool, host.lowered)
+    pin_room = PoolSize(int(PINNED_SHARE * config.memory_budget), num_slots // 2)
+    residency = Residency(pool, host.lowered, pin_room)
     runner = Runner(
         decoder,
         kv_cache,
@@ -130,7 +131,7 @@ def build_parts(
     )
     room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
-    info = _info(config, decoder, backend, limits, num_blocks, room)
+    info = _info(config, decoder, backend, limits, num_blocks, room, pin_room)
     grammars = GrammarCompiler(_vocabulary(config, limits.vocab_size), host.wakeup)
     return EngineParts(decoder, scheduler, blocks, runner, host, residency, grammars, room, info)
 
@@ -268,6 +269,7 @@ def _info(
     limits: SchedulerLimits,
     num_blocks: int,
     adapter_room: Room,
+    pin_room: PoolSize,
 ) -> EngineInfo:
     return EngineInfo(
         model_type=decoder.config.model_type,
@@ -281,6 +283,7 @@ def _info(
         max_num_seqs=limits.max_num_seqs,
         adapter_slots=adapter_room.parts,
         adapter_room=adapter_room,
+        pin_room=Room(int(PINNED_HOST_SHARE * config.host_memory_budget), *pin_room),
     )
 
 

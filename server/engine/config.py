@@ -5,6 +5,12 @@ from dataclasses import dataclass
 ADAPTER_SHARE = 0.25
 """Part of the device memory budget that holds adapters; the rest is KV cache."""
 
+PINNED_SHARE = 0.1
+"""Part of the device memory budget that pinned adapters may fill."""
+
+PINNED_HOST_SHARE = 0.5
+"""Part of the host memory budget that pinned adapters may fill."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

@@ -55,11 +55,13 @@ class _Registration:
     Attributes:
         composable: What it is beside others; None until its first load has been answered.
         unloading: Whether it goes as soon as no request holds it.
+        pinned: Whether it is to stay in memory.
         waiting: Ids of the requests that wait for it to be in host memory.
     """
 
     composable: Composable | None = None
     unloading: bool = False
+    pinned: bool = False
     waiting: set[str] = field(default_factory=set)
 
 
@@ -170,6 +172,7 @@ class Engine:
             raise RuntimeError("the scheduler has work but planned none")
         self._note_scheduled(plan)
         results = self._runner.run(plan) if plan.scheduled else []
+        self._residency.bring_back(self._host.is_ready)
         for update in self._scheduler.commit(plan, results):
             self._report(update)
         self._step_tokens = plan.num_tokens
@@ -313,6 +316,7 @@ class Engine:
                 info = _info(result.outcome)
                 self._events.append(AdapterLoaded(result.adapter_id, info))
                 registration.composable = info.composable
+            self._pin_on_device(result.adapter_id)
             for live in waiting:
                 live.missing.discard(result.adapter_id)
                 if not live.missing:
@@ -334,10 +338,19 @@ class Engine:
         registration = self._registrations.get(adapter_id)
         if registration is None or registration.unloading:
             return
+        registration.pinned = pinned
         if pinned:
             self._host.pin(adapter_id)
+            self._pin_on_device(adapter_id)
         else:
             self._host.unpin(adapter_id)
+            self._residency.unpin(adapter_id)
+
+    def _pin_on_device(self, adapter_id: int) -> None:
+        """Have it stay there too, once it is in host memory and its size is known."""
+        if self._registrations[adapter_id].pinned and self._host.is_ready(adapter_id):
+            self._residency.pin(adapter_id)
+            self._residency.bring_back(self._host.is_ready)
 
     def _unload(self, adapter_id: int) -> None:
         if adapter_id in self._registrations:

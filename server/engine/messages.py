@@ -50,7 +50,10 @@ Command = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
-    """The engine is ready; what it runs, and the room that a request's adapters have in it."""
+    """The engine is ready; what it runs, and the room in it.
+
+    ``adapter_room`` is that of one request's adapters, ``pin_room`` that of all pinned ones.
+    """
 
     model_type: str
     dtype: str
@@ -63,6 +66,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int
     adapter_slots: int
     adapter_room: Room
+    pin_room: Room
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

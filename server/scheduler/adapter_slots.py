@@ -1,5 +1,6 @@
 """What the scheduler asks of the device's adapter tier."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -9,11 +10,24 @@ class AdapterSlots(Protocol):
     def acquire(self, *adapter_ids: int) -> bool:
         """Hold all these adapters on the device for one more sequence, or none of them.
 
-        Makes room by dropping the least recently used adapters that no sequence holds. False, with
-        nothing held, where even that is not enough.
+        Makes room by dropping adapters that no sequence holds, those first that are not expected,
+        the least recently used before others. False, with nothing held, where even that is not
+        enough.
         """
         ...
 
     def release(self, adapter_id: int) -> None:
         """Give back one ``acquire``; the adapter stays resident until its room is needed."""
+        ...
+
+    def fits(self, *adapter_ids: int) -> bool:
+        """Whether these adapters are on the device, or find room beside all that are."""
+        ...
+
+    def expect(self, adapter_ids: Sequence[int]) -> None:
+        """What those who wait will acquire, the first first; replaces what was expected before."""
+        ...
+
+    def prefetch(self) -> None:
+        """Bring in the next expected adapter that is not there, if that pushes no other one out."""
         ...

@@ -21,6 +21,7 @@ from .integrity import check_books
 from .limits import SchedulerLimits, longest_sequence
 from .outcome import failed, found, outcome
 from .plan import ScheduledSequence, SequenceResult, StepPlan
+from .residency_policy import admission_order, needed_adapters
 from .room import Lack, RoomSharing
 from .running import RunningSequences
 from .sequence import Sequence
@@ -134,12 +135,14 @@ class Scheduler:
         Among several tenants this is done in rounds; ``StepSharing`` says what each is for.
         """
         self._num_steps += 1
+        self._adapters.expect(needed_adapters(self._waiting))
         for step in self._sharing.rounds(self._num_steps):
             if step.budget > 0:
                 self._fill(step)
         for item in step.scheduled.values():
             item.sequence.last_step = self._num_steps
             self._counters.charge(item.sequence.request.share, service_of(item))
+        self._adapters.prefetch()
         return step.plan()
 
     def commit(self, plan: StepPlan, results: Iterable[SequenceResult]) -> list[SequenceUpdate]:
@@ -226,7 +229,9 @@ class Scheduler:
         step.coming = self._coming(step)
         Admission(
             step,
-            Turns(self._waiting, self._counters, self.limits.max_num_batched_tokens),
+            Turns(
+                self._waiting, self._counters, self.limits.max_num_batched_tokens, self._admission
+            ),
             self._room,
             self._running,
             self.limits.max_overtakes,
@@ -234,6 +239,9 @@ class Scheduler:
             preempt=partial(self._preempt_for_others, step),
             give_up=partial(self._give_up, step),
         ).run()
+
+    def _admission(self, waiting: Seq[Sequence]) -> Iterable[int]:
+        return admission_order(waiting, self._adapters.fits, self.limits.max_overtakes)
 
     def _preempt_for_others(self, step: Step, sequence: Sequence) -> None:
         self._drop(sequence, step)

@@ -1,16 +1,14 @@
-"""How much of the host memory pinned adapters may take."""
+"""How much memory pinned adapters may take."""
 
 from collections.abc import Sequence
 
+from ..composition import Room
 from .entries import Adapter, Version
 from .errors import PinRefused
 
-PINNED_SHARE = 0.5
-"""Part of the host memory budget that pinned adapters may fill; the rest is for all others."""
 
-
-def check_pins(adapter: Adapter, pinned: Sequence[Version], host_bytes: int) -> None:
-    """Check that an adapter can be pinned beside those that are.
+def check_pins(adapter: Adapter, pinned: Sequence[Version], room: Room) -> None:
+    """Check that an adapter can be pinned beside those that are, in the room for pinned ones.
 
     Raises:
         PinRefused: It has nothing to pin, or together they would take more than their share.
@@ -19,11 +17,15 @@ def check_pins(adapter: Adapter, pinned: Sequence[Version], host_bytes: int) -> 
         raise PinRefused(
             f"The adapter {adapter.plain_name!r} has no version yet that could be pinned."
         )
-    others = {each.digest: each.info.num_bytes for each in pinned}
-    total = sum((others | {adapter.default.digest: adapter.default.info.num_bytes}).values())
-    room = int(PINNED_SHARE * host_bytes)
-    if total > room:
-        raise PinRefused(
-            f"The adapter {adapter.plain_name!r} cannot be pinned: pinned adapters would take "
-            f"{total} bytes, and may take {room} ({PINNED_SHARE:.0%} of --host-memory-budget)."
-        )
+    infos = {each.digest: each.info for each in (*pinned, adapter.default)}.values()
+    takes = [each.composable.takes for each in infos]
+    for total, there, what in (
+        (sum(each.num_bytes for each in infos), room.host_bytes, "bytes of --host-memory-budget"),
+        (sum(each.device_bytes for each in takes), room.device_bytes, "bytes of --memory-budget"),
+        (sum(each.parts for each in takes), room.parts, "adapter slots (see --max-num-seqs)"),
+    ):
+        if total > there:
+            raise PinRefused(
+                f"The adapter {adapter.plain_name!r} cannot be pinned: pinned adapters would take"
+                f" {total} and may take {there} {what}."
+            )

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 from ...adapters.errors import AdapterError
+from ..composition import Room
 from ..engine.errors import EngineError
 from ..engine.messages import AdapterInfo
 from ..tenants.tenant import TenantLimits
@@ -207,8 +208,8 @@ class AdapterRegistry:
             await self.residents.ensure(version, name)
             return await self._put(replace(adapter, default_digest=version.digest))
 
-    async def set_pinned(self, name: str, pinned: bool, host_bytes: int) -> Adapter:
-        """Keep the adapter's default version in memory, of which there are ``host_bytes``, or not.
+    async def set_pinned(self, name: str, pinned: bool, room: Room) -> Adapter:
+        """Keep the adapter's default version in memory, in the room for pinned ones, or not.
 
         Raises:
             UnknownAdapter: There is no such adapter.
@@ -217,7 +218,7 @@ class AdapterRegistry:
         async with self._lock(name):
             adapter = replace(self.catalog.get(name), pinned=pinned)
             if pinned:
-                check_pins(adapter, self.catalog.pinned(), host_bytes)
+                check_pins(adapter, self.catalog.pinned(), room)
             return await self._put(adapter)
 
     @property

@@ -112,6 +112,7 @@ class FakeEngine:
             max_num_seqs=8,
             adapter_slots=4,
             adapter_room=Room(host_bytes=1 << 20, device_bytes=1 << 20, parts=4),
+            pin_room=Room(host_bytes=1 << 19, device_bytes=1 << 18, parts=2),
         )
         self.stats: EngineStats | None = EngineStats(2, 1, 32, 128, 7, 10, 4, 1, [1])
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltamux.adapters.folder import hash_folder
+from deltamux.server.composition import Room
 from deltamux.server.engine.messages import AdapterInfo
 from deltamux.server.store.registry import AdapterRegistry
 from deltamux.server.store.wanted import Wanted
@@ -80,7 +81,7 @@ async def change_once(registry: AdapterRegistry, folder: Path, label: str) -> No
     elif what == "rollback":
         adapter = await registry.set_default(name, None)
     elif what == "pin":
-        adapter = await registry.set_pinned(name, not known.pinned, 1 << 30)
+        adapter = await registry.set_pinned(name, not known.pinned, Room(1 << 30, 1 << 30, 99))
     else:
         await registry.remove(name)
         adapter = None

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from deltamux.adapters.errors import AdapterCorrupt
 from deltamux.adapters.folder import hash_folder
+from deltamux.server.composition import Room
 from deltamux.server.engine.errors import EngineDied, EngineUnavailable
 from deltamux.server.state.database import DATABASE_FILE, StateError, open_database
 from deltamux.server.state.schema import metadata
@@ -169,7 +170,7 @@ def test_everything_survives_a_restart_and_the_engine_is_told_nothing(tell, engi
             await registry.add(wanted("a", tmp_path / "a", label, replace=True))
         await registry.set_default("a", None)
         await registry.add(wanted("b", tmp_path / "b", "b"))
-        await registry.set_pinned("b", True, 1 << 20)
+        await registry.set_pinned("b", True, Room(1 << 20, 1 << 20, 4))
         await registry.add(wanted("gone", tmp_path / "c", "c"))
         await registry.remove("gone")
         assert await used_label(registry, engine, "a") == "1"
@@ -341,23 +342,26 @@ def test_a_promised_adapter_is_fetched_by_whoever_is_first(tell, engine, tmp_pat
     tell(second)
 
 
+PIN_ROOM = Room(host_bytes=5_000, device_bytes=5_000, parts=4)
+
+
 def test_pins_follow_the_default_version_and_have_a_bound(tell, engine, tmp_path):
     async def story(registry: AdapterRegistry) -> None:
         for label in "12":
             await registry.add(wanted("a", tmp_path / "a", label, replace=True))
         ids = {label: adapter_id for adapter_id, label in engine.loaded.items()}
-        await registry.set_pinned("a", True, 10_000)
+        await registry.set_pinned("a", True, PIN_ROOM)
         await until(lambda: engine.pins == [(ids["2"], True)])
         await registry.set_default("a", None)
         await until(lambda: engine.pins[1:] == [(ids["2"], False), (ids["1"], True)])
         await registry.add(wanted("b", tmp_path / "b", "b"))
         with pytest.raises(PinRefused, match="may take 5000"):
-            await registry.set_pinned("b", True, 10_000)
+            await registry.set_pinned("b", True, PIN_ROOM)
         engine.pins.clear()
         registry.residents.engine_down()
         registry.residents.engine_ready()
         await until(lambda: engine.pins == [(ids["1"], True)])
-        await registry.set_pinned("a", False, 10_000)
+        await registry.set_pinned("a", False, PIN_ROOM)
         assert engine.pins[-1] == (ids["1"], False)
 
     tell(story)

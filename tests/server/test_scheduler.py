@@ -38,6 +38,15 @@ class CountedSlots:
         self.held.update(adapter_ids)
         return True
 
+    def fits(self, *adapter_ids):
+        return len({*self.held, *adapter_ids}) <= self.room
+
+    def expect(self, adapter_ids):
+        self.expected = list(adapter_ids)
+
+    def prefetch(self):
+        pass
+
     def release(self, adapter_id):
         self.held[adapter_id] -= 1
         assert self.held[adapter_id] >= 0
@@ -451,11 +460,11 @@ def test_steps_in_which_nothing_passes_do_not_count_as_overtaking():
 def test_an_adapter_that_never_fits_ends_its_sequence_with_an_error():
     bench = Bench(room=0)
     bench.add("a", 2, adapter=1)
-    bench.add("base", 2)
-    ran, updates = bench.step()
-    assert set(ran) == {"base"}
-    assert updates["a"].finish_reason is FinishReason.ERROR
-    assert "no room on the device" in updates["a"].error
+    bench.add("base", 2, max_tokens=2)
+    assert set(bench.step()[0]) == {"base"}
+    [update] = bench.finish()["a"]
+    assert update.finish_reason is FinishReason.ERROR
+    assert "no room on the device" in update.error
     assert not bench.scheduler.abort("a")
 
 

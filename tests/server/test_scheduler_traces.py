@@ -70,6 +70,18 @@ class FakeSlots:
         self.held.update(adapter_ids)
         return True
 
+    def fits(self, *adapter_ids):
+        return sum(ADAPTER_SIZES[a] for a in {*self.resident, *adapter_ids}) <= POOL
+
+    def expect(self, adapter_ids):
+        self.expected = list(adapter_ids)
+
+    def prefetch(self):
+        for adapter_id in self.expected:
+            if adapter_id not in self.resident and self.fits(adapter_id):
+                self.resident[adapter_id] = ADAPTER_SIZES[adapter_id]
+                return
+
     def release(self, adapter_id):
         assert self.held[adapter_id] > 0
         self.held[adapter_id] -= 1
