@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
-from .op import PagedBatch
+from .op import PagedBatch, blocks_are_dense
 
 _WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT)
 _ATTEND_ARGUMENTS = (POINTER, *(INT,) * 4, POINTER, POINTER, POINTER, FLOAT, INT, INT)
@@ -31,6 +31,7 @@ class _Cache(ctypes.Structure):
         ("keys", POINTER),
         ("values", POINTER),
         ("blocks", INT),
+        ("block_stride", INT),
         ("kv_heads", INT),
         ("block_size", INT),
         ("head_dim", INT),
@@ -123,10 +124,15 @@ class CompiledAttention:
 
 def _cache(keys: Tensor, values: Tensor) -> _Cache:
     require(keys.shape == values.shape, "the key cache and the value cache differ in shape")
-    dtype = keys.dtype
-    return _Cache(
-        address(keys, dtype, "key_cache"), address(values, dtype, "value_cache"), *keys.shape
-    )
+    for name, cache in (("key_cache", keys), ("value_cache", values)):
+        if not (cache.is_cpu and cache.dtype is keys.dtype and blocks_are_dense(cache)):
+            raise ValueError(
+                f"{name} must be {keys.dtype} on the CPU with dense blocks, and is {cache.dtype} on"
+                f" {cache.device} with strides {cache.stride()}"
+            )
+    require(keys.stride(0) == values.stride(0), "keys and values lie in different strides")
+    blocks, *sizes = keys.shape
+    return _Cache(keys.data_ptr(), values.data_ptr(), blocks, keys.stride(0), *sizes)
 
 
 def _prepare_batch(batch: PagedBatch) -> Any:

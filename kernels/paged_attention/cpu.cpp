@@ -273,7 +273,7 @@ const char* write_kv(const T* keys, int64_t key_stride, const T* values, int64_t
     const auto write = [&](int64_t row) {
         const int64_t block = slots[row] / cache.block_size, offset = slots[row] % cache.block_size;
         for (int64_t head = 0; head < cache.kv_heads; ++head) {
-            const int64_t to = ((block * cache.kv_heads + head) * cache.block_size + offset) * size;
+            const int64_t to = block * cache.block_stride + (head * cache.block_size + offset) * size;
             std::memcpy(static_cast<T*>(cache.keys) + to, keys + row * key_stride + head * size, bytes);
             std::memcpy(static_cast<T*>(cache.values) + to, values + row * value_stride + head * size,
                         bytes);

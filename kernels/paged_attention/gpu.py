@@ -34,7 +34,7 @@ from ..gpu.registry import register
 from ..gpu.shapes import Shapes, shape_only
 from ..gpu.tuning import Choice, Key, Measured
 from .gpu_kernels import chunk_kernel, combine_kernel, decode_kernel, write_kv_kernel
-from .op import PagedAttention, PagedBatch
+from .op import PagedAttention, PagedBatch, blocks_are_dense
 
 _LOG2_E = math.log2(math.e)
 _UNLIMITED = 2**30  # keys: no context is longer, and positions minus it stay in 32 bits
@@ -86,7 +86,7 @@ class Attention:
 
     Attributes:
         query: (rows, heads, head_dim), dense in its last dimension.
-        key_cache: (blocks, kv_heads, block_size, head_dim), dense.
+        key_cache: (blocks, kv_heads, block_size, head_dim), its blocks dense.
         value_cache: Likewise.
         cu_seqlens_q: int32, as in ``op.PagedBatch``.
         context_starts: int32.
@@ -148,6 +148,7 @@ class Attention:
             "GROUP": group,
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
+            "BLOCK_STRIDE": self.key_cache.stride(0),
             "BLOCK_M": max(rows * 2 // self.query.element_size(), _tile(group)),
             "BLOCK_K": self.block_k(chosen),
             "BLOCK_D": _tile(head_dim),
@@ -245,7 +246,12 @@ def write_launch(
             "value_head_stride": value.stride(1),
             "kv_heads": kv_heads,
         },
-        {"HEAD_DIM": head_dim, "BLOCK_SIZE": key_cache.shape[2], "BLOCK": _WRITE_BLOCK},
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_SIZE": key_cache.shape[2],
+            "BLOCK_STRIDE": key_cache.stride(0),
+            "BLOCK": _WRITE_BLOCK,
+        },
     )
 
 
@@ -339,15 +345,18 @@ def _paged_attention(
 
 
 def _check_cache(name: str, rows: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    """Raise ValueError unless both caches are dense, alike, and of the rows' kind."""
+    """Raise ValueError unless both caches' blocks are dense, alike, and of the rows' kind."""
     if key_cache.shape != value_cache.shape:
         raise ValueError(f"{name}: the key cache and the value cache differ in shape")
     for given, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if (cache.dtype, cache.device) != (rows.dtype, rows.device) or not cache.is_contiguous():
+        alike = (cache.dtype, cache.device) == (rows.dtype, rows.device)
+        if not alike or not blocks_are_dense(cache):
             raise ValueError(
-                f"{name}: {given} must be dense, {rows.dtype} and on {rows.device}; it is"
-                f" {cache.dtype} on {cache.device} with strides {cache.stride()}"
+                f"{name}: {given} must be dense in its blocks, {rows.dtype} and on {rows.device};"
+                f" it is {cache.dtype} on {cache.device} with strides {cache.stride()}"
             )
+    if key_cache.stride(0) != value_cache.stride(0):
+        raise ValueError(f"{name}: keys and values lie in different strides")
     if key_cache.dim() != 4 or rows.dim() != 3 or key_cache.shape[3] != rows.shape[2]:
         raise ValueError(
             f"{name}: rows {tuple(rows.shape)} do not fit a cache {tuple(key_cache.shape)}"

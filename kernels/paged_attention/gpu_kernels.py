@@ -23,6 +23,7 @@ def write_kv_kernel(
     kv_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """cache[slot // block_size, :, slot % block_size] = key[row] for one row, and the value."""
@@ -33,7 +34,7 @@ def write_kv_kernel(
         inside = element < kv_heads * HEAD_DIM
         head, d = element // HEAD_DIM, element % HEAD_DIM
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-        place = (block * kv_heads * BLOCK_SIZE + offset) * HEAD_DIM
+        place = block * BLOCK_STRIDE + offset * HEAD_DIM
         at = head * (BLOCK_SIZE * HEAD_DIM) + d
         found = tl.load(key + wide(row) * key_stride + head * key_head_stride + d, mask=inside)
         tl.store(key_cache + place + at, found, mask=inside)
@@ -56,6 +57,7 @@ def attend(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,7 +66,7 @@ def attend(
 
     s_j = scale_log2 q . k_j; of the sequence's keys, first .. end are read and no others.
     """
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    kv_head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -73,7 +75,7 @@ def attend(
         j = block + tl.arange(0, BLOCK_K)
         there = (j >= first) & (j < end)
         physical = tl.load(table + j // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        place = ((physical * kv_heads + kv_head) * BLOCK_SIZE + j % BLOCK_SIZE) * HEAD_DIM
+        place = physical * BLOCK_STRIDE + (kv_head * BLOCK_SIZE + j % BLOCK_SIZE) * HEAD_DIM
         at = place[:, None] + d[None, :]
         mask = there[:, None] & (d < HEAD_DIM)[None, :]
         keys = tl.load(key_cache + at, mask=mask, other=0.0)
@@ -130,6 +132,7 @@ def chunk_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,6 +168,7 @@ def chunk_kernel(
             scale_log2,
             HEAD_DIM,
             BLOCK_SIZE,
+            BLOCK_STRIDE,
             BLOCK_M,
             BLOCK_K,
             BLOCK_D,
@@ -209,6 +213,7 @@ def decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -240,6 +245,7 @@ def decode_kernel(
             scale_log2,
             HEAD_DIM,
             BLOCK_SIZE,
+            BLOCK_STRIDE,
             BLOCK_M,
             BLOCK_K,
             BLOCK_D,

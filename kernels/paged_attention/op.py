@@ -9,6 +9,9 @@ where start is the sequence's first key (a prefix that does not fill its blocks 
 before it empty: they are not read), key j of a sequence is
 ``cache[block_table[j // block_size], head, j % block_size]``, and query head h reads KV head
 ``h // (num_heads // num_kv_heads)`` (vLLM's PagedAttention, arXiv:2309.06180).
+
+A block is dense, and from one to the next it may be farther than its size, equally far for keys and
+values: so a block over all layers can be one piece of memory.
 """
 
 from collections.abc import Callable
@@ -41,6 +44,13 @@ class PagedBatch:
     slot_mapping: Tensor
     max_seqlen_q: int
     max_context_len: int
+
+
+def blocks_are_dense(cache: Tensor) -> bool:
+    """Whether each block of a cache (blocks, kv_heads, block_size, head_dim) is one piece."""
+    _, kv_heads, block_size, head_dim = cache.shape
+    dense = (block_size * head_dim, head_dim, 1)
+    return cache.stride()[1:] == dense and cache.stride(0) >= kv_heads * block_size * head_dim
 
 
 WriteKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

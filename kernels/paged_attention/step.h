@@ -11,7 +11,7 @@ struct PagedBatch {
 
 struct Cache {
     void *keys, *values;
-    int64_t blocks, kv_heads, block_size, head_dim;
+    int64_t blocks, block_stride, kv_heads, block_size, head_dim;  // a stride in numbers
 };
 
 constexpr int64_t KEYS = 64;  // of a tile; tiles begin at multiples of it in the sequence
@@ -37,16 +37,17 @@ template <class T>
 struct PagedHead {
     const T* data;
     const int32_t* block_table;
-    int64_t kv_head, kv_heads, block_size, head_dim;
+    int64_t block_stride, block_size, head_dim;
 
     PagedHead(const void* data, const Step<T>& step, int64_t sequence, int64_t kv_head)
-        : data(static_cast<const T*>(data)), block_table(step.block_table(sequence)),
-          kv_head(kv_head), kv_heads(step.cache.kv_heads), block_size(step.cache.block_size),
-          head_dim(step.cache.head_dim) {}
+        : data(static_cast<const T*>(data) +
+               kv_head * step.cache.block_size * step.cache.head_dim),
+          block_table(step.block_table(sequence)), block_stride(step.cache.block_stride),
+          block_size(step.cache.block_size), head_dim(step.cache.head_dim) {}
 
     const T* row(int64_t j) const {
         const int64_t block = block_table[j / block_size];
-        return data + ((block * kv_heads + kv_head) * block_size + j % block_size) * head_dim;
+        return data + block * block_stride + j % block_size * head_dim;
     }
 };
 

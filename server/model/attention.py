@@ -15,10 +15,23 @@ from .blocks import Linear, RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, each (num_blocks, kv_heads, block_size, head_dim)."""
+    """Keys and values of every layer, each (num_blocks, kv_heads, block_size, head_dim).
 
+    A block of all layers is a *page*, one piece of memory that can be lent to something else.
+
+    Attributes:
+        pages: (num_blocks, page_bytes) uint8, what the others are views of.
+        keys: By layer.
+        values: By layer.
+    """
+
+    pages: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole blocks: (n,) int64 each, which may overlap."""
+        self.pages[target] = self.pages[source]
 
     @property
     def block_size(self) -> int:

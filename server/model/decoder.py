@@ -21,6 +21,8 @@ from .config import ModelConfig
 from .mlp import MLP
 from .rope import RotaryTable
 
+_LINE_BYTES = 64
+
 _ENCODED_BLOCK = 16
 """Tokens of a cache block in ``encode``: one size, for which a GPU's kernels are compiled once."""
 
@@ -66,16 +68,28 @@ class Decoder:
         itemsize = self.tokens.weight.element_size()
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
+    def page_bytes(self, block_size: int) -> int:
+        """Cache memory of one block over all layers, rounded up to whole cache lines."""
+        return -(-self.kv_bytes_per_token * block_size // _LINE_BYTES) * _LINE_BYTES
+
     def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """A cache of ``num_blocks`` blocks, uninitialised: memory is touched where it is used."""
-        config, like = self.config, self.tokens.weight
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        whole = self.kv_bytes_per_token * num_blocks * block_size
-        allocate = allocator(like.device, whole)
-        keys, values = (
-            tuple(allocate(shape, like.dtype) for _ in range(config.num_layers)) for _ in range(2)
+        size = num_blocks * self.page_bytes(block_size)
+        memory = allocator(self.tokens.weight.device, size)((size,), torch.uint8)
+        return self.kv_cache_in(memory, block_size)
+
+    def kv_cache_in(self, memory: Tensor, block_size: int) -> KVCache:
+        """A cache in ``memory`` (bytes,) uint8, of which every ``page_bytes`` are a block."""
+        config, dtype = self.config, self.tokens.weight.dtype
+        pages = memory.view(-1, self.page_bytes(block_size))
+        used = self.kv_bytes_per_token * block_size // dtype.itemsize
+        shape = (config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        layers = pages.view(dtype)[:, :used].unflatten(1, shape).unbind(1)
+        return KVCache(
+            pages,
+            tuple(layer[:, 0] for layer in layers),
+            tuple(layer[:, 1] for layer in layers),
         )
-        return KVCache(keys, values)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Fills whole cache blocks beside the model: adapters' prefixes, and copies for beams."""
+"""Fills whole cache blocks beside the model: adapters' prefixes."""
 
 from collections.abc import Sequence
 
@@ -27,13 +27,6 @@ def load_prefix(kv_cache: KVCache, load: PrefixLoad, prefixes: Sequence[KVPrefix
         blocks = _in_blocks(torch.cat(parts, dim=2), num_blocks, block_size)[:, indices]
         for cache, layer in zip(caches, send(blocks, device), strict=True):
             cache[rows] = layer
-
-
-def copy_blocks(kv_cache: KVCache, copies: Tensor) -> None:
-    """Copy blocks within the cache: copies (n, 2) int64, from and to."""
-    source, target = copies.unbind(1)
-    for cache in (*kv_cache.keys, *kv_cache.values):
-        cache[target] = cache[source]
 
 
 def _in_blocks(tensor: Tensor, num_blocks: int, block_size: int) -> Tensor:

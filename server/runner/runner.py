@@ -22,7 +22,7 @@ from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, Step
 from ..scheduler.sequence import Sequence as RunningSequence
 from .batch import FindAdapter, RowSpan, StepBatch, build_batch, passes_of
 from .graphs import StepGraphs
-from .prefix import copy_blocks, load_prefix
+from .prefix import load_prefix
 from .reports import report_logprobs
 from .sampler import Choice, Sampled, read_choices, start_sampling
 from .stage import Stage
@@ -123,8 +123,6 @@ class Runner:
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Lay the step out and send it to the device."""
         self._stage.begin()
-        for load in plan.prefix_loads:
-            self._load(load)
         batch = build_batch(
             plan,
             self._find_adapter,
@@ -137,6 +135,8 @@ class Runner:
         head_deltas = self._head_deltas(_sampling_spans(batch), batch.bucket)
         sampling = [item.sequence for item in batch.scheduled if item.samples]
         self._pool.wait_for_copies()
+        for load in plan.prefix_loads:
+            self._load(load)
         self._stage.flush()
         self._copy_blocks(plan.block_copies)
         return StepInputs(batch, deltas, sampling, head_deltas)
@@ -205,7 +205,7 @@ class Runner:
         if copies:
             placed = self._stage.place(np.array(copies, dtype=np.int64))
             self._stage.flush()
-            copy_blocks(self._kv_cache, placed)
+            self._kv_cache.copy(*placed.unbind(1))
 
     def _head_deltas(
         self, spans: Iterable[RowSpan], bucket: int | None = None

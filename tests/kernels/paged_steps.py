@@ -30,6 +30,15 @@ class Step:
     values: tuple[Tensor, ...]
 
 
+def empty_caches(
+    blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer of three, whose blocks lie side by side as in the server."""
+    pages = torch.full((blocks, 3, 2, kv_heads, block_size, head_dim), NAN, dtype=dtype)
+    keys, values = pages[:, 1].unbind(1)
+    return keys, values
+
+
 def make_step(
     dtype: torch.dtype,
     lens: Sequence[tuple[int, int]],
@@ -48,8 +57,7 @@ def make_step(
     rng = torch.Generator().manual_seed(seed)
     needed = [-(-context // block_size) for _, context in lens]
     free = torch.randperm(sum(needed) + 3, generator=rng).tolist()
-    shape = (len(free), kv_heads, block_size, head_dim)
-    caches = [torch.full(shape, NAN, dtype=dtype) for _ in range(2)]
+    caches = empty_caches(len(free), kv_heads, block_size, head_dim, dtype)
     tables = torch.full((len(lens), max(needed) + 2), GARBAGE, dtype=torch.int32)
     dense: tuple[list[Tensor], list[Tensor]] = ([], [])
     slots: list[Tensor] = []

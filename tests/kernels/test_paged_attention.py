@@ -11,7 +11,7 @@ from torch import Tensor
 from deltamux.kernels.backend import Backend
 
 from .compare import same_bits
-from .paged_steps import NAN, check, make_step, sharing, single
+from .paged_steps import NAN, check, empty_caches, make_step, sharing, single
 
 Case = tuple[str | int | None, ...]
 
@@ -208,7 +208,7 @@ def test_write_kv_fills_its_slots_and_no_other(
     backend: Backend, reference: Backend, dtype: torch.dtype, rows: int
 ) -> None:
     rng = torch.Generator().manual_seed(0)
-    caches = [torch.full((40, 3, 16, 60), NAN, dtype=dtype) for _ in range(4)]
+    caches = [*empty_caches(40, 3, 16, 60, dtype), *empty_caches(40, 3, 16, 60, dtype)]
     wide = torch.randn(rows, 15, 60, generator=rng).to(dtype)
     slots = torch.randperm(40 * 16, generator=rng)[:rows]
     backend.write_kv(wide[:, 9:12], wide[:, 12:], caches[0], caches[1], slots)
@@ -246,6 +246,17 @@ def test_tables_that_reach_outside_are_refused(
     batch = replace(step.batch, **changes)
     with pytest.raises(IndexError, match=words):
         compiled.paged_attention(step.query, step.key_cache, step.value_cache, batch, 0.125, None)
+
+
+def test_blocks_that_are_not_dense_or_lie_differently_are_refused(backend: Backend) -> None:
+    step = make_step(torch.float32, [(4, 20)])
+    strided = step.key_cache.transpose(2, 3).contiguous().transpose(2, 3)
+    for caches, words in (
+        ((strided, step.value_cache), "key_cache must be"),
+        ((step.key_cache, step.value_cache.contiguous()), "different strides"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            backend.paged_attention(step.query, *caches, step.batch, 0.125, None)
 
 
 def test_wrong_tensors_are_refused_by_what_is_wrong(backend: Backend) -> None:

@@ -14,7 +14,7 @@ from deltamux.kernels.paged_attention.op import PagedBatch
 
 from .compare import same_bits
 from .on_gpu import placed
-from .paged_steps import GARBAGE, NAN, Step, check, exact, make_step
+from .paged_steps import GARBAGE, NAN, Step, check, empty_caches, exact, make_step
 
 CONTEXTS = (1, 15, 16, 17, 63, 300)
 
@@ -99,7 +99,7 @@ def test_padding_reads_nothing_and_gives_zeros(
 
 
 def test_padding_is_written_nowhere(interpreted: Backend, dtype: torch.dtype) -> None:
-    caches = [torch.full((4, 3, 16, 60), NAN, dtype=dtype) for _ in range(2)]
+    caches = empty_caches(4, 3, 16, 60, dtype)
     drawn = torch.randn(4, 3, 60).to(dtype)
     interpreted.write_kv(drawn, -drawn, caches[0], caches[1], torch.tensor([17, -1, 63, -1]))
     for cache, sign in zip(caches, (1, -1), strict=True):
