@@ -190,7 +190,8 @@ def install(
         ValueError: They do not fit.
     """
     slots = sum(len(each.parts) for each in adapters.values())
-    pool = AdapterPool(base.layout, max(slots, 1), _POOL_BYTES, base.dtype, device)
+    memory = torch.empty(_POOL_BYTES, dtype=torch.uint8, device=device)
+    pool = AdapterPool(base.layout, max(slots, 1), memory, base.dtype)
     ids = {name: number for number, name in enumerate(adapters, start=1)}
     placements = {}
     for name, adapter in adapters.items():

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from ..server.config import default_state_dir
-from ..server.engine.config import ADAPTER_SHARE
 from ..server.model.source import resolve_model
 from .gpu_section import Options, say
 from .make_adapters import write_adapters
@@ -127,10 +126,14 @@ def make_adapters(base: Path, folder: Path, count: int, seed: int) -> int:
     return sum(RANK * (inputs + outputs) * 2 for _, inputs, outputs in modules)
 
 
+_ADAPTER_SHARE = 0.25
+"""Part of the device budget that the adapters take; the rest is left to the cache."""
+
+
 def server_flags(num_bytes: int) -> list[str]:
     """Budgets that hold all adapters, on the device and on the host."""
     needed = int(_SPARE * num_bytes)
-    device = max(int(needed / ADAPTER_SHARE), _LEAST_BUDGET)
+    device = max(int(needed / _ADAPTER_SHARE), _LEAST_BUDGET)
     host = max(needed, _LEAST_BUDGET)
     return ["--memory-budget", str(device), "--host-memory-budget", str(host)]
 

@@ -1,7 +1,10 @@
-"""The device tier: adapters side by side in one flat buffer, each tensor as large as it is.
+"""The device tier: adapters side by side in one flat memory, each tensor as large as it is.
 
-The buffer is allocated once and never moves, so that the tables handed to the kernels stay valid.
-Installing an adapter writes its tensors and a cell per primitive; removing it empties the cells.
+The memory is shared with the cache blocks. It never moves, so that the tables handed to the kernels
+stay valid: the blocks are numbered from its beginning, and adapters lie within ``limit_bytes`` of
+its end. Installing an adapter writes its tensors and a cell per primitive; removing it empties the
+cells. Between two steps tensors may be moved together, which rewrites the cells: so what is free
+can always be used, by an adapter or by blocks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...kernels.memory import allocator
 from ...kernels.tables import PrimitiveTable
 from ..layout import BaseLayout
 from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
 from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
 from .copies import make_copies
-from .extents import ExtentError, Extents
+from .extents import ExtentError, Extents, Move
 from .residency import PoolSize
 
 _EMPTY = -1
@@ -25,17 +27,48 @@ _EMPTY = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where one adapter is on the device.
+    """One adapter on the device.
 
     Attributes:
         slots: An adapter slot for each of its parts.
-        starts: Where its tensors begin in the buffer, in bytes.
-        num_bytes: What they take.
+        size: What it takes.
     """
 
     slots: tuple[int, ...]
-    starts: tuple[int, ...]
-    num_bytes: int
+    size: PoolSize
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """An adapter slot's cells in one table, whatever its tensors' places.
+
+    Attributes:
+        rows: Of the table.
+        cells: (rows, fields) int64; -2 - i stands for the place of the adapter's ith tensor.
+    """
+
+    rows: Sequence[int]
+    cells: npt.NDArray[np.int64]
+
+    def at(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The cells for tensors at these places, in elements."""
+        is_place = self.cells < _EMPTY
+        return np.where(is_place, places[np.where(is_place, -2 - self.cells, 0)], self.cells)
+
+
+@dataclass(slots=True)
+class _Installed:
+    """What the pool knows of an adapter.
+
+    Attributes:
+        extents: Where its tensors are.
+        item_sizes: Bytes of a number of each tensor.
+        columns: Its cells by slot and table.
+    """
+
+    extents: list[int]
+    item_sizes: Sequence[int]
+    columns: Mapping[int, Mapping[type[Primitive], _Column]]
 
 
 class AdapterPool:
@@ -44,38 +77,35 @@ class AdapterPool:
     Args:
         layout: The base, whose places are the rows of the tables.
         num_slots: Parts of adapters that may be resident at once.
-        capacity_bytes: Size of the buffer.
+        memory: (bytes,) uint8 on the device.
         dtype: Of the base and of every number stored.
-        device: Where the base lives.
 
     Attributes:
         tables: What the kernels read, by type of primitive; the same objects for the pool's life.
         device: Where the base lives.
+        limit_bytes: Of the memory, from its end, in which adapters may lie; all of it at first.
     """
 
     def __init__(
-        self,
-        layout: BaseLayout,
-        num_slots: int,
-        capacity_bytes: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layout: BaseLayout, num_slots: int, memory: torch.Tensor, dtype: torch.dtype
     ) -> None:
-        """Allocate the buffer, whose pages cost nothing until they are written, and the tables."""
-        self.device = device
+        """Start with nothing installed; the memory costs nothing until it is written."""
+        self.device = memory.device
         self._num_slots = num_slots
-        self._extents = Extents(capacity_bytes, ALIGNMENT_BYTES)
+        self._extents = Extents(len(memory), ALIGNMENT_BYTES)
+        self.limit_bytes = self._extents.capacity
         self._free_slots = list(reversed(range(num_slots)))
-        self._placements: set[Placement] = set()
+        self._installed: dict[Placement, _Installed] = {}
         self._inner_sizes: dict[int, Mapping[type[Primitive], int]] = {}
         self._head_path = layout.head_path
         self._at_head: set[int] = set()
-        self._copies = make_copies(device)
-        capacity = self._extents.capacity
-        self._buffer = allocator(device, capacity)((capacity,), torch.uint8)
-        numbers, indices = self._buffer.view(dtype), self._buffer.view(torch.int32)
+        self._copies = make_copies(self.device)
+        self._memory = memory[: self._extents.capacity]
+        numbers, indices = self._memory.view(dtype), self._memory.view(torch.int32)
         self.tables: Mapping[type[Primitive], PrimitiveTable] = {
-            each: PrimitiveTable(_empty_cells(each, layout, num_slots, device), numbers, indices)
+            each: PrimitiveTable(
+                _empty_cells(each, layout, num_slots, self.device), numbers, indices
+            )
             for each in PRIMITIVE_TYPES
         }
         self._occupied: Mapping[type[Primitive], npt.NDArray[np.bool_]] = {
@@ -84,9 +114,14 @@ class AdapterPool:
         }
 
     @property
-    def capacity_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return self._extents.capacity
+    def free_bytes(self) -> int:
+        """What adapters may take beyond what they have."""
+        return self.limit_bytes - self._extents.used
+
+    @property
+    def free(self) -> PoolSize:
+        """What another adapter may take."""
+        return PoolSize(self.free_bytes, len(self._free_slots))
 
     def types_in(self, slot: int) -> Collection[type[Primitive]]:
         """The types of the primitives of the part in this slot."""
@@ -114,50 +149,45 @@ class AdapterPool:
         """What the adapter takes."""
         return PoolSize(adapter.num_device_bytes, len(adapter.parts))
 
-    def fits_at_all(self, adapter: LoweredAdapter) -> bool:
-        """Whether the adapter fits into the pool when nothing else is in it."""
-        return (
-            adapter.num_device_bytes <= self.capacity_bytes
-            and len(adapter.parts) <= self._num_slots
-        )
-
-    def evictions_for(self, adapter: LoweredAdapter, candidates: Sequence[Placement]) -> int | None:
-        """How many adapters, taken from ``candidates`` in order, must be removed to install it.
-
-        None if all of them are not enough. Nothing is changed.
-        """
-        # Asked in every step for every adapter that waits, and mostly in vain: sizes come first.
-        room = self._extents.free + sum(each.num_bytes for each in candidates)
-        slots = len(self._free_slots) + sum(len(each.slots) for each in candidates)
-        if adapter.num_device_bytes > room or len(adapter.parts) > slots:
-            return None
-        trial, sizes, slots = self._extents.copy(), _sizes(adapter), len(self._free_slots)
-        for removed in range(len(candidates) + 1):
-            if removed:
-                trial.release(candidates[removed - 1].starts)
-                slots += len(candidates[removed - 1].slots)
-            if len(adapter.parts) <= slots and trial.allocate(sizes) is not None:
-                return removed
-        return None
-
     def install(self, adapter: LoweredAdapter) -> Placement | None:
         """Copy the adapter to the device; None with nothing changed if there is no room."""
-        if len(adapter.parts) > len(self._free_slots):
+        size = self.size(adapter)
+        if not size.within(self.free):
             return None
-        starts = self._extents.allocate(_sizes(adapter))
-        if starts is None:
+        sizes = [tensor.nbytes for tensor in adapter.tensors]
+        extents = self._extents.allocate(sizes, self.limit_bytes)
+        if extents is None:
+            self.wait_for_copies()
+            self._move(self._extents.pack())
+            extents = self._extents.allocate(sizes, self.limit_bytes)
+        if extents is None:
             return None
-        start_of = dict(zip(map(id, adapter.tensors), starts, strict=True))
-        for tensor in adapter.tensors:
-            start = start_of[id(tensor)]
-            to = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+        for tensor, extent in zip(adapter.tensors, extents, strict=True):
+            to = self._at(extent, tensor.nbytes).view(tensor.dtype)
             self._copies.copy(to, tensor.reshape(-1))
-        slots = tuple(self._free_slots.pop() for _ in adapter.parts)
-        for slot, part in zip(slots, adapter.parts, strict=True):
-            self._write_cells(part, slot, start_of)
-        placement = Placement(slots, tuple(starts), adapter.num_device_bytes)
-        self._placements.add(placement)
+        placement = Placement(tuple(self._free_slots.pop() for _ in adapter.parts), size)
+        index_of = {id(tensor): index for index, tensor in enumerate(adapter.tensors)}
+        self._installed[placement] = _Installed(
+            extents,
+            [tensor.itemsize for tensor in adapter.tensors],
+            {
+                slot: self._columns(part, slot, index_of)
+                for slot, part in zip(placement.slots, adapter.parts, strict=True)
+            },
+        )
+        self._write_cells(self._installed[placement])
         return placement
+
+    def resize(self, limit_bytes: int) -> None:
+        """Have adapters lie within this distance of the memory's end.
+
+        Raises:
+            ExtentError: They take more than that.
+        """
+        # What is copied from now on waits for what moves here, and the other way round.
+        self.wait_for_copies()
+        self._move(self._extents.settle(limit_bytes))
+        self.limit_bytes = limit_bytes
 
     def wait_for_copies(self) -> None:
         """What is launched from now on finds every installed adapter."""
@@ -169,10 +199,10 @@ class AdapterPool:
         Raises:
             ExtentError: It is not here.
         """
-        if placement not in self._placements:
+        installed = self._installed.pop(placement, None)
+        if installed is None:
             raise ExtentError(f"the adapter in the slots {placement.slots} is not in the pool")
-        self._placements.remove(placement)
-        self._extents.release(placement.starts)
+        self._extents.release(installed.extents)
         for slot in placement.slots:
             for kind in self._inner_sizes.pop(slot):
                 self.tables[kind].cells[:, slot] = _EMPTY
@@ -183,10 +213,11 @@ class AdapterPool:
     def check_integrity(self) -> None:
         """Raise ExtentError unless slots, extents and tables agree."""
         self._extents.check_integrity()
-        used = self._extents.capacity - self._extents.free
-        if used != sum(each.num_bytes for each in self._placements):
-            raise ExtentError(f"adapters take {used} bytes, and their placements others")
-        taken = [slot for each in self._placements for slot in each.slots]
+        if self._extents.span > self.limit_bytes:
+            raise ExtentError("an adapter lies outside the adapters' part of the memory")
+        if self._extents.used != sum(each.size.num_bytes for each in self._installed):
+            raise ExtentError("adapters take other bytes than their placements say")
+        taken = [slot for each in self._installed for slot in each.slots]
         if sorted([*self._free_slots, *taken]) != list(range(self._num_slots)):
             raise ExtentError("some adapter slot is neither free nor in use, or both")
         if sorted(self._inner_sizes) != sorted(taken):
@@ -195,25 +226,63 @@ class AdapterPool:
             if ((table.cells[:, :, 0] != _EMPTY).cpu().numpy() != self._occupied[kind]).any():
                 raise ExtentError(f"the table of {kind.__name__} differs from its books")
 
-    def _write_cells(self, part: Part, slot: int, start_of: Mapping[int, int]) -> None:
-        """Build each table's column on the host and write it at once."""
+    def _address(self, extent: int, size: int) -> int:
+        """Extents are counted from the memory's end: the nearest are lent to blocks last."""
+        return self._extents.capacity - extent - self._extents.padded(size)
+
+    def _at(self, extent: int, size: int) -> torch.Tensor:
+        start = self._address(extent, size)
+        return self._memory[start : start + size]
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        """Copy what lies elsewhere now, and tell the tables."""
+        if not moves:
+            return
+        moved: dict[int, int] = {}
+        came_from: dict[int, int] = {}
+        for source, target, size in moves:
+            data = self._at(source, size)
+            overlap = abs(source - target) < size
+            self._at(target, size).copy_(data.clone() if overlap else data)
+            first = came_from.pop(source, source)
+            moved[first], came_from[target] = target, first
+        for installed in self._installed.values():
+            if not moved.keys().isdisjoint(installed.extents):
+                installed.extents = [moved.get(extent, extent) for extent in installed.extents]
+                self._write_cells(installed)
+
+    def _columns(
+        self, part: Part, slot: int, index_of: Mapping[int, int]
+    ) -> Mapping[type[Primitive], _Column]:
+        """The slot's cells in each table, by the places of the adapter's tensors to come."""
         columns: dict[type[Primitive], dict[int, tuple[int, ...]]] = {}
         for each in part.primitives:
-            offsets = [start_of[id(tensor)] // tensor.itemsize for tensor in each.tensors]
-            columns.setdefault(type(each), {})[each.row] = each.cell(offsets)
+            places = [-2 - index_of[id(tensor)] for tensor in each.tensors]
+            columns.setdefault(type(each), {})[each.row] = each.cell(places)
             if each.path == self._head_path:
                 self._at_head.add(slot)
         self._inner_sizes[slot] = {
             kind: max(each.inner_size for each in part.primitives if type(each) is kind)
             for kind in columns
         }
-        for kind, cells in columns.items():
-            rows = list(cells)
-            values = torch.tensor(list(cells.values()), dtype=torch.int64)
-            column = self.tables[kind].cells[:, slot]
-            index = torch.tensor(rows).to(self.device, non_blocking=True)
-            column[index] = values.to(self.device, non_blocking=True)
-            self._occupied[kind][rows, slot] = True
+        return {
+            kind: _Column(list(cells), np.array(list(cells.values()), dtype=np.int64))
+            for kind, cells in columns.items()
+        }
+
+    def _write_cells(self, installed: _Installed) -> None:
+        """Each table's column, built on the host and written at once."""
+        sizes = [self._extents.size_at(extent) for extent in installed.extents]
+        addresses = map(self._address, installed.extents, sizes)
+        pairs = zip(addresses, installed.item_sizes, strict=True)
+        places = np.array([address // item for address, item in pairs], dtype=np.int64)
+        for slot, columns in installed.columns.items():
+            for kind, each in columns.items():
+                column = self.tables[kind].cells[:, slot]
+                values = torch.from_numpy(each.at(places))
+                index = torch.tensor(each.rows).to(self.device, non_blocking=True)
+                column[index] = values.to(self.device, non_blocking=True)
+                self._occupied[kind][each.rows, slot] = True
 
 
 def _empty_cells(
@@ -221,7 +290,3 @@ def _empty_cells(
 ) -> torch.Tensor:
     shape = (kind.num_rows(layout), num_slots, kind.num_fields())
     return torch.full(shape, _EMPTY, dtype=torch.int64, device=device)
-
-
-def _sizes(adapter: LoweredAdapter) -> list[int]:
-    return [tensor.nbytes for tensor in adapter.tensors]

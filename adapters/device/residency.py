@@ -42,8 +42,13 @@ class PoolSize(NamedTuple):
 class Pool(Protocol[Adapter_contra, Place]):
     """The device memory as residency sees it; ``pool.AdapterPool`` is one."""
 
-    def evictions_for(self, adapter: Adapter_contra, candidates: Sequence[Place]) -> int | None:
-        """How many of ``candidates``, in order, must go before the adapter fits."""
+    @property
+    def free(self) -> PoolSize:
+        """What another adapter may take."""
+        ...
+
+    def size(self, adapter: Adapter_contra) -> PoolSize:
+        """What an adapter takes."""
         ...
 
     def install(self, adapter: Adapter_contra) -> Place | None:
@@ -54,13 +59,58 @@ class Pool(Protocol[Adapter_contra, Place]):
         """Free a place."""
         ...
 
-    def size(self, adapter: Adapter_contra) -> PoolSize:
-        """What an adapter takes."""
-        ...
-
     def check_integrity(self) -> None:
         """Raise unless the pool's own books balance."""
         ...
+
+
+class Neighbour(Protocol):
+    """Who shares the memory: the cache's blocks."""
+
+    @property
+    def now(self) -> int:
+        """The number of the step, by which ages are told."""
+        ...
+
+    @property
+    def lendable_bytes(self) -> int:
+        """What it could give the pool at most."""
+        ...
+
+    def lend(self, num_bytes: int, rival: int | None, /) -> bool:
+        """Come nearer to giving the pool so many bytes more.
+
+        False, with nothing done, if it can give nothing, or only what is worth more than an adapter
+        that was last used in the step ``rival``; there is none if that is None.
+        """
+        ...
+
+    def blocks_for(self, num_bytes: int, /) -> int:
+        """Blocks that are lost to the cache if so many bytes more must stay on the device."""
+        ...
+
+    def blocks_of(self, num_bytes: int, /) -> int:
+        """Blocks in whose place so many bytes lie."""
+        ...
+
+
+class NoNeighbour:
+    """A pool of its own."""
+
+    now = 0
+    lendable_bytes = 0
+
+    def lend(self, _num_bytes: int, _rival: int | None) -> bool:
+        """Nothing can be had."""
+        return False
+
+    def blocks_for(self, _num_bytes: int) -> int:
+        """Nothing is lost."""
+        return 0
+
+    def blocks_of(self, _num_bytes: int) -> int:
+        """No block's."""
+        return 0
 
 
 _NOTHING = PoolSize()
@@ -82,14 +132,45 @@ class Residency(Generic[Adapter, Place]):
         pin_room: PoolSize = _NOTHING,
     ) -> None:
         """Start with nothing resident."""
-        self._pin_room = pin_room
-        self._pinned: dict[int, PoolSize] = {}
-        self._expected: dict[int, int] = {}
         self._pool = pool
         self._lowered = lowered
+        self._pin_room = pin_room
+        self._neighbour: Neighbour = NoNeighbour()
         self._places: dict[int, Place] = {}
+        self._sizes: dict[int, PoolSize] = {}
         self._holders: dict[int, int] = {}
-        self._idle: dict[int, None] = {}  # insertion order: least recently used first
+        self._idle: dict[int, int] = {}
+        """In which step each was last used, in this order."""
+        self._pinned: dict[int, PoolSize] = {}
+        self._expected: dict[int, int] = {}
+        """The turn of each that those who wait will acquire."""
+
+    def share_with(self, neighbour: Neighbour) -> None:
+        """Share the pool's memory from now on."""
+        self._neighbour = neighbour
+
+    @property
+    def num_bytes(self) -> int:
+        """What the adapters on the device take."""
+        return sum(size.num_bytes for size in self._sizes.values())
+
+    @property
+    def staying_bytes(self) -> int:
+        """What those of them take that are held or pinned."""
+        return sum(
+            size.num_bytes
+            for one, size in self._sizes.items()
+            if one in self._holders or one in self._pinned
+        )
+
+    @property
+    def oldest(self) -> int | None:
+        """The step in which the one that would go next was last used: now, if it is expected."""
+        return next(map(self._last_use, self._victims()), None)
+
+    def evict(self) -> None:
+        """Take the one that goes next off the device."""
+        self._evict(self._victims()[0])
 
     def acquire(self, *adapter_ids: int) -> bool:
         """Hold all these adapters on the device for one more sequence, or none of them.
@@ -99,12 +180,21 @@ class Residency(Generic[Adapter, Place]):
         """
         if self._hold_all(adapter_ids):
             return True
-        if self._holders or not self._idle:
+        if self._holders or self._pinned.keys().isdisjoint(self._places):
             return False
-        # Nothing is in use, so what is in the way is where those that are there happen to lie.
-        for other in list(self._idle):
+        for other in self._pinned.keys() & self._places.keys():
             self._evict(other)
         return self._hold_all(adapter_ids)
+
+    def blocks_for(self, *adapter_ids: int) -> int:
+        """Cache blocks that are lost while these adapters are held."""
+        coming = (one for one in adapter_ids if one not in self._holders)
+        sizes = (self._size(one).num_bytes for one in coming if not self._stays(one))
+        return self._neighbour.blocks_for(sum(sizes))
+
+    def blocks_of(self, *adapter_ids: int) -> int:
+        """Cache blocks that these adapters keep a sequence from having even while it is alone."""
+        return self._neighbour.blocks_of(sum(self._size(one).num_bytes for one in adapter_ids))
 
     def release(self, adapter_id: int) -> None:
         """Give back one ``acquire``; the adapter stays resident until its room is needed.
@@ -117,13 +207,12 @@ class Residency(Generic[Adapter, Place]):
         self._holders[adapter_id] -= 1
         if not self._holders[adapter_id]:
             del self._holders[adapter_id]
-            self._idle[adapter_id] = None
+            self._idle[adapter_id] = self._neighbour.now
 
     def fits(self, *adapter_ids: int) -> bool:
         """Whether these adapters are on the device, or find room beside all that are."""
-        missing = [one for one in adapter_ids if one not in self._places]
-        # Of several, one at a time: that they find no room together is seen when they come.
-        return all(self._pool.evictions_for(self._lowered(one), ()) == 0 for one in missing)
+        missing = [self._size(one) for one in adapter_ids if one not in self._places]
+        return not missing or reduce(PoolSize.beside, missing).within(self._pool.free)
 
     def expect(self, adapter_ids: Sequence[int]) -> None:
         """What those who wait will acquire, the first first; replaces what was expected before."""
@@ -133,7 +222,7 @@ class Residency(Generic[Adapter, Place]):
         """Bring in the next expected adapter that is not there, in the room of unexpected ones."""
         missing = next((one for one in self._expected if one not in self._places), None)
         if missing is not None and self._bring_in(missing, self._expected):
-            self._idle[missing] = None
+            self._idle[missing] = self._neighbour.now
 
     def pin(self, adapter_id: int) -> bool:
         """Keep an adapter, which is in host memory, on the device as soon as there is room.
@@ -154,8 +243,8 @@ class Residency(Generic[Adapter, Place]):
     def bring_back(self, is_ready: Callable[[int], bool]) -> None:
         """Bring in pinned adapters that are not here, as far as they are in host memory."""
         for missing in [one for one in self._pinned if one not in self._places and is_ready(one)]:
-            if self._bring_in(missing, self._expected):
-                self._idle[missing] = None
+            if self._bring_in(missing, ()):
+                self._idle[missing] = self._neighbour.now
 
     def place(self, adapter_id: int) -> Place:
         """Where a resident adapter is.
@@ -188,6 +277,8 @@ class Residency(Generic[Adapter, Place]):
     def check_integrity(self) -> None:
         """Raise ResidencyError unless each resident adapter is held or idle, in its own slot."""
         self._pool.check_integrity()
+        if self._sizes.keys() != self._places.keys():
+            raise ResidencyError("the sizes of other adapters are known than are resident")
         if self._holders.keys() & self._idle.keys():
             raise ResidencyError("an adapter is held and idle")
         if self._holders.keys() | self._idle.keys() != self._places.keys():
@@ -211,17 +302,39 @@ class Residency(Generic[Adapter, Place]):
     def _bring_in(self, adapter_id: int, kept: Collection[int]) -> bool:
         """Install the adapter, dropping idle ones if need be, but none of ``kept``."""
         adapter = self._lowered(adapter_id)
-        idle = [other for other in self._victims() if other not in kept]
-        evictions = self._pool.evictions_for(adapter, [self._places[other] for other in idle])
-        if evictions is None:
+        size = self._pool.size(adapter)
+        victims = [one for one in self._victims() if one not in kept]
+        if not self._make_room(size, victims):
             return False
-        for other in idle[:evictions]:
-            self._evict(other)
         place = self._pool.install(adapter)
         if place is None:
             raise ResidencyError(f"the room made for adapter {adapter_id} is not there")
-        self._places[adapter_id] = place
+        self._places[adapter_id], self._sizes[adapter_id] = place, size
         return True
+
+    def _make_room(self, size: PoolSize, victims: list[int]) -> bool:
+        """Drop what is worth least, of the victims in order or the neighbour's, until it fits."""
+        lendable = PoolSize(self._neighbour.lendable_bytes)
+        sizes = (self._sizes[one] for one in victims)
+        if not size.within(reduce(PoolSize.beside, sizes, self._pool.free.beside(lendable))):
+            return False
+        while not size.within(self._pool.free):
+            missing = size.num_bytes - self._pool.free.num_bytes
+            rival = next((self._last_use(one) for one in victims), None)
+            if missing <= 0 or not self._neighbour.lend(missing, rival):
+                self._evict(victims.pop(0))
+        return True
+
+    def _size(self, adapter_id: int) -> PoolSize:
+        known = self._sizes.get(adapter_id)
+        return self._pool.size(self._lowered(adapter_id)) if known is None else known
+
+    def _stays(self, adapter_id: int) -> bool:
+        return adapter_id in self._places and adapter_id in self._pinned
+
+    def _last_use(self, adapter_id: int) -> int:
+        """The step in which it was used last, which for what is expected is now."""
+        return self._neighbour.now if adapter_id in self._expected else self._idle[adapter_id]
 
     def _victims(self) -> list[int]:
         """Idle adapters that may go, the first first."""
@@ -231,4 +344,4 @@ class Residency(Generic[Adapter, Place]):
 
     def _evict(self, adapter_id: int) -> None:
         self._pool.remove(self._places.pop(adapter_id))
-        del self._idle[adapter_id]
+        del self._idle[adapter_id], self._sizes[adapter_id]

@@ -197,8 +197,11 @@ void attend_keys(const Step<T>& step, int64_t sequence, const Heads& heads,
         const Range needed = {max_of(first - base, 0), min_of(last - base, KEYS)};
         for (int64_t head = heads.first; head < heads.last; ++head) {
             const int64_t at = (head - heads.first) * columns.stride;
-            tiles.take(PagedHead<T>(step.cache.keys, step, sequence, head),
-                       PagedHead<T>(step.cache.values, step, sequence, head), base, needed);
+            const PagedHead<T> keys(step.cache.keys, step, sequence, head);
+            const PagedHead<T> values(step.cache.values, step, sequence, head);
+            prefetch(keys, base + KEYS, min_of(base + 2 * KEYS, last));
+            prefetch(values, base + KEYS, min_of(base + 2 * KEYS, last));
+            tiles.take(keys, values, base, needed);
             tiles.attend(at + q, at + end, base);
         }
     }

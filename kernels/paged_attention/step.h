@@ -15,6 +15,7 @@ struct Cache {
 };
 
 constexpr int64_t KEYS = 64;  // of a tile; tiles begin at multiples of it in the sequence
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 template <class T>
 struct Step {
@@ -50,6 +51,17 @@ struct PagedHead {
         return data + block * block_stride + j % block_size * head_dim;
     }
 };
+
+// Asks for keys or values start .. end - 1 before they are needed: blocks of a sequence lie too far from
+// each other for the processor to do it by itself.
+template <class T>
+INLINE void prefetch(const PagedHead<T>& paged, int64_t start, int64_t end) {
+    const int64_t bytes = paged.head_dim * sizeof(T);
+    for (int64_t j = start; j < end; ++j) {
+        const char* row = reinterpret_cast<const char*>(paged.row(j));
+        for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(row + i, 0, 2);
+    }
+}
 
 // One query row and head of a unit.
 template <class T>

@@ -111,9 +111,10 @@ def _composables(chosen: ModelChoice, state: AppState) -> list[Composable]:
 def longest_of(chosen: ModelChoice, state: AppState, width: int = 1) -> int:
     """Tokens that a sequence, or each of ``width`` beams, has at most beside these adapters."""
     adapters, info = _composables(chosen, state), state.require_info()
+    device_bytes = sum(each.takes.device_bytes for each in adapters)
     return longest_sequence(
         info.max_model_len,
-        info.num_blocks,
+        info.num_blocks - -(-device_bytes // info.block_bytes),
         info.block_size,
         sum(each.prefix_length for each in adapters),
         sum(each.prefix_length for each in adapters if each.shifts_positions),

@@ -14,6 +14,7 @@ from ...adapters.primitives.lowered import KVPrefix, LoweredAdapter
 from ...adapters.primitives.primitive import ALIGNMENT_BYTES
 from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
+from ...kernels.memory import allocator
 from ..composition import Room
 from ..grammar.vocabulary import Vocabulary, VocabularySource
 from ..model.base import ServedBase, load_base
@@ -24,8 +25,9 @@ from ..runner.stage import make_stage
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
+from ..scheduler.shared_memory import Pages, SharedMemory
 from ..text.tokenizer import Tokenizer, TokenizerError
-from .config import ADAPTER_SHARE, PINNED_HOST_SHARE, PINNED_SHARE, EngineConfig
+from .config import LEAST_SHARE, PINNED_HOST_SHARE, EngineConfig
 from .core import Engine
 from .errors import EngineMisconfigured
 from .grammars import GrammarCompiler
@@ -52,6 +54,7 @@ class EngineParts:
     runner: Runner
     host: HostTier
     residency: Residency[LoweredAdapter, Placement]
+    shared: SharedMemory
     grammars: GrammarCompiler
     room: Room
     info: EngineInfo
@@ -64,6 +67,7 @@ class EngineParts:
             self.runner,
             self.host,
             self.residency,
+            self.shared,
             self.grammars,
             self.decoder.layout,
             self.room,
@@ -102,22 +106,22 @@ def build_parts(
     base = load_base(Path(config.model_folder), dtype, device, backend)
     decoder = base.decoder
     _require_memory(config, device)
-    limits, num_blocks = _limits(config, decoder)
+    pages = _pages(config, decoder)
+    limits = _limits(config, decoder, pages)
 
+    memory_bytes = pages.count * pages.num_bytes
+    memory = allocator(device, memory_bytes)((memory_bytes,), torch.uint8)
+    kv_cache = decoder.kv_cache_in(memory, config.block_size)
     num_slots = _ADAPTER_SLOTS_PER_SEQUENCE * config.max_num_seqs
-    pool = AdapterPool(
-        decoder.layout,
-        num_slots=num_slots,
-        capacity_bytes=int(config.memory_budget * ADAPTER_SHARE),
-        dtype=dtype,
-        device=device,
-    )
-    blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-    kv_cache = decoder.new_kv_cache(num_blocks, config.block_size)
-    lowering = _lowering(base, pool, blocks, limits.max_model_len, config.host_memory_budget)
+    pool = AdapterPool(decoder.layout, num_slots, memory, dtype)
+    room = Room(config.host_memory_budget, pages.most_adapter_bytes, num_slots)
+    lowering = _lowering(base, room, pages, limits.max_model_len, config.block_size)
     host = HostTier(lowering, config.host_memory_budget)
-    pin_room = PoolSize(int(PINNED_SHARE * config.memory_budget), num_slots // 2)
+    pin_room = PoolSize(pages.least_adapters * pages.num_bytes, num_slots // 2)
     residency = Residency(pool, host.lowered, pin_room)
+    blocks = BlockManager(pages.most_blocks, config.block_size, config.prefix_caching)
+    shared = SharedMemory(pages, blocks, pool, residency, kv_cache.move)
+    residency.share_with(shared)
     runner = Runner(
         decoder,
         kv_cache,
@@ -129,11 +133,12 @@ def build_parts(
         _buckets(config, backend),
         _graphs(config, decoder, backend),
     )
-    room = Room(config.host_memory_budget, pool.capacity_bytes, num_slots)
     scheduler = Scheduler(limits, blocks, residency)
-    info = _info(config, decoder, backend, limits, num_blocks, room, pin_room)
+    info = _info(config, decoder, backend, limits, pages, room, pin_room)
     grammars = GrammarCompiler(_vocabulary(config, limits.vocab_size), host.wakeup)
-    return EngineParts(decoder, scheduler, blocks, runner, host, residency, grammars, room, info)
+    return EngineParts(
+        decoder, scheduler, blocks, runner, host, residency, shared, grammars, room, info
+    )
 
 
 def _backend(name: str, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -175,43 +180,38 @@ def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:
     return 2 * (2 * tables + rows) + masks + (1 << 20)
 
 
-def _limits(config: EngineConfig, decoder: Decoder) -> tuple[SchedulerLimits, int]:
-    """The scheduler's bounds, and the KV blocks that the memory budget holds."""
-    num_blocks = _num_blocks(config, decoder)
+def _limits(config: EngineConfig, decoder: Decoder, pages: Pages) -> SchedulerLimits:
+    """The scheduler's bounds."""
+    cache_tokens = pages.most_blocks * config.block_size
     try:
-        limits = SchedulerLimits(
+        return SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=_max_model_len(config, decoder, num_blocks * config.block_size),
+            max_model_len=_max_model_len(config, decoder, cache_tokens),
             vocab_size=decoder.config.vocab_size,
             step_overhead=_STEP_OVERHEAD[decoder.tokens.weight.device.type],
         )
     except ValueError as error:
         raise EngineMisconfigured(str(error)) from error
-    return limits, num_blocks
 
 
 def _lowering(
-    base: ServedBase,
-    pool: AdapterPool,
-    blocks: BlockManager,
-    max_model_len: int,
-    host_memory_budget: int,
+    base: ServedBase, room: Room, pages: Pages, max_model_len: int, block_size: int
 ) -> Lower:
     """How the host tier reads an adapter for this base, what it has room for, and its limits."""
-    cache_bytes = blocks.num_tokens * base.decoder.kv_bytes_per_token
-    on_gpu = pool.device.type == "cuda"
-    max_bytes = min(pool.capacity_bytes + cache_bytes, host_memory_budget)
+    on_gpu = base.decoder.tokens.weight.device.type == "cuda"
+    max_bytes = min(pages.count * pages.num_bytes, room.host_bytes)
 
     def lower_to_fit(path: Path) -> LoweredAdapter:
         adapter = lower(path, base, max_bytes)
-        if not pool.fits_at_all(adapter):
+        if adapter.num_device_bytes > room.device_bytes or len(adapter.parts) > room.parts:
             raise AdapterTooLarge(
-                f"the adapter at {path} needs {adapter.num_device_bytes} bytes on the device, more "
-                f"than the adapters' share of --memory-budget; raise it"
+                f"the adapter at {path} needs {adapter.num_device_bytes} bytes on the device and"
+                f" {len(adapter.parts)} slots; one adapter may take {room.device_bytes} bytes of"
+                f" --memory-budget and {room.parts} slots; raise that, or --max-num-seqs"
             )
-        if adapter.prefix is not None:
-            _require_room_for_prefix(adapter.prefix, blocks, max_model_len)
+        blocks = pages.most_blocks - pages.holding(adapter.num_device_bytes)
+        _require_room_for_a_sequence(adapter.prefix, blocks, block_size, max_model_len)
         return pinned(adapter) if on_gpu else adapter
 
     return lower_to_fit
@@ -249,15 +249,16 @@ def _require_memory(config: EngineConfig, device: torch.device) -> None:
         )
 
 
-def _require_room_for_prefix(prefix: KVPrefix, blocks: BlockManager, max_model_len: int) -> None:
-    longest = longest_sequence(
-        max_model_len, blocks.num_blocks, blocks.block_size, prefix.length, prefix.position_offset
-    )
-    if longest < 2:
+def _require_room_for_a_sequence(
+    prefix: KVPrefix | None, num_blocks: int, block_size: int, max_model_len: int
+) -> None:
+    """Of an adapter beside which there are so many blocks."""
+    length, shift = (0, 0) if prefix is None else (prefix.length, prefix.position_offset)
+    if longest_sequence(max_model_len, num_blocks, block_size, length, shift) < 2:
         raise AdapterTooLarge(
-            f"the adapter puts {prefix.length} keys and values before each request, which leaves no"
+            f"the adapter puts {length} keys and values before each request, which leaves no"
             f" room for a prompt and an answer: a sequence has at most {max_model_len} positions"
-            f" and the KV cache {blocks.num_blocks} blocks of {blocks.block_size}; serve with a"
+            f" and the KV cache {num_blocks} blocks of {block_size} beside it; serve with a"
             " larger --max-model-len or --memory-budget"
         )
 
@@ -267,7 +268,7 @@ def _info(
     decoder: Decoder,
     backend: Backend,
     limits: SchedulerLimits,
-    num_blocks: int,
+    pages: Pages,
     adapter_room: Room,
     pin_room: PoolSize,
 ) -> EngineInfo:
@@ -278,8 +279,9 @@ def _info(
         kernels=backend.name,
         vocab_size=limits.vocab_size,
         max_model_len=limits.max_model_len,
-        num_blocks=num_blocks,
+        num_blocks=pages.most_blocks,
         block_size=config.block_size,
+        block_bytes=pages.num_bytes,
         max_num_seqs=limits.max_num_seqs,
         adapter_slots=adapter_room.parts,
         adapter_room=adapter_room,
@@ -337,12 +339,14 @@ def _max_model_len(config: EngineConfig, decoder: Decoder, cache_tokens: int) ->
     return config.max_model_len
 
 
-def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
-    budget = int(config.memory_budget * (1 - ADAPTER_SHARE))
-    num_blocks = budget // (decoder.kv_bytes_per_token * config.block_size)
-    if num_blocks < 1:
+def _pages(config: EngineConfig, decoder: Decoder) -> Pages:
+    """What the memory budget holds, and how much of it each side always has."""
+    num_bytes = decoder.page_bytes(config.block_size)
+    count = config.memory_budget // num_bytes
+    least = max(int(LEAST_SHARE * count), 1)
+    if count <= 2 * least:
         raise EngineMisconfigured(
-            f"--memory-budget {config.memory_budget} holds no KV block of {config.block_size} "
-            f"tokens ({decoder.kv_bytes_per_token} bytes a token); raise it"
+            f"--memory-budget {config.memory_budget} holds {count} KV blocks of {config.block_size}"
+            f" tokens ({num_bytes} bytes each), too few for requests and adapters; raise it"
         )
-    return num_blocks
+    return Pages(count, num_bytes, least_blocks=least, least_adapters=least)

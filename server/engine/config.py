@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-ADAPTER_SHARE = 0.25
-"""Part of the device memory budget that holds adapters; the rest is KV cache."""
+LEAST_SHARE = 0.1
+"""Part of the device memory budget that either side, KV cache and adapters, always has.
 
-PINNED_SHARE = 0.1
-"""Part of the device memory budget that pinned adapters may fill."""
+Pinned adapters may fill that of the adapters.
+"""
 
 PINNED_HOST_SHARE = 0.5
 """Part of the host memory budget that pinned adapters may fill."""

@@ -27,6 +27,7 @@ from ..scheduler.errors import SequenceRefused
 from ..scheduler.plan import StepPlan
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
+from ..scheduler.shared_memory import SharedMemory
 from .composition import composable, use_adapters
 from .deadlines import Deadlines
 from .grammars import GrammarCompiler
@@ -96,6 +97,7 @@ class Engine:
         runner: Runner,
         host: HostTier,
         residency: Residency[LoweredAdapter, Placement],
+        shared: SharedMemory,
         grammars: GrammarCompiler,
         layout: BaseLayout,
         adapter_room: Room,
@@ -109,6 +111,7 @@ class Engine:
         self._runner = runner
         self._host = host
         self._residency = residency
+        self._shared = shared
         self._grammars = grammars
         self.deadlines = Deadlines() if deadlines is None else deadlines
         self._registrations: dict[int, _Registration] = {}
@@ -167,6 +170,7 @@ class Engine:
 
     def step(self) -> None:
         """Compute one step for the sequences the scheduler chooses."""
+        self._shared.now += 1
         plan = self._scheduler.schedule()
         if not (plan.scheduled or plan.unservable):
             raise RuntimeError("the scheduler has work but planned none")
@@ -187,11 +191,12 @@ class Engine:
         """Balance the books of blocks, sequences and resident adapters.
 
         Raises:
-            AccountingError: Those of the scheduler or the block manager do not balance.
+            AccountingError: Those of the scheduler, the block manager or the memory do not balance.
             ResidencyError: Those of the device's adapters do not.
         """
         self._scheduler.check_integrity()
         self._residency.check_integrity()
+        self._shared.check_integrity()
 
     def drain(self) -> list[Event]:
         """Everything to tell the HTTP process since the last call."""
@@ -376,12 +381,13 @@ class Engine:
             running=self._scheduler.num_running,
             waiting=len(self._live) - self._scheduler.num_running_requests,
             blocks_used=self._blocks.num_used,
-            blocks_total=self._blocks.num_blocks,
+            blocks_total=self._blocks.most_blocks,
             step_tokens=step_tokens,
             prefix_queries=now.prefix_queries - before.prefix_queries,
             prefix_hits=now.prefix_hits - before.prefix_hits,
             preemptions=now.preemptions - before.preemptions,
             device_adapters=self._residency.resident(),
+            adapter_bytes=self._residency.num_bytes,
         )
 
     def _counters(self) -> "_Counters":

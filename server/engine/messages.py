@@ -52,6 +52,7 @@ Command = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Shutdown
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """The engine is ready; what it runs, and the room in it.
 
+    ``num_blocks`` is what the KV cache has at most, ``block_bytes`` what a block takes;
     ``adapter_room`` is that of one request's adapters, ``pin_room`` that of all pinned ones.
     """
 
@@ -63,6 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int
     num_blocks: int
     block_size: int
+    block_bytes: int
     max_num_seqs: int
     adapter_slots: int
     adapter_room: Room
@@ -111,7 +113,7 @@ class HostChanges(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges (the first four and ``device_adapters``), and counts since the last report."""
+    """Gauges (the first four and the last two), and counts since the last report."""
 
     running: int
     waiting: int
@@ -122,6 +124,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_hits: int
     preemptions: int
     device_adapters: list[int]
+    adapter_bytes: int = 0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

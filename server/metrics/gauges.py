@@ -48,6 +48,7 @@ class Gauges:
             gauges.append(self._gauge("num_requests_running", "Sequences running.", stats.running))
             gauges.append(self._gauge("num_requests_waiting", "Sequences waiting.", stats.waiting))
             gauges.append(self._gauge("kv_cache_usage_perc", "1 means full.", usage))
+            gauges.append(self._adapter_bytes(stats))
         if info is not None and stats is not None:
             gauges.append(self._lora_requests(info, stats))
             gauges += [self._lora_loaded(), self._in_memory()]
@@ -100,6 +101,15 @@ class Gauges:
             "Disk that copies of adapters take.",
             value=self._view.residency.registry.store_bytes,
         )
+
+    def _adapter_bytes(self, stats: EngineStats) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "deltamux:adapter_device_bytes",
+            "Bytes of --memory-budget that adapters take.",
+            labels=("model_name",),
+        )
+        family.add_metric((self._model_name,), stats.adapter_bytes)
+        return family
 
     def _up(self) -> GaugeMetricFamily:
         family = GaugeMetricFamily(

@@ -30,8 +30,13 @@ class KVCache:
     values: tuple[Tensor, ...]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole blocks: (n,) int64 each, which may overlap."""
+        """Copy whole blocks, given as (n,) int64 each."""
         self.pages[target] = self.pages[source]
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, given as pairs of from and to."""
+        with torch.inference_mode():
+            self.copy(*torch.tensor(moves, device=self.pages.device).unbind(1))
 
     @property
     def block_size(self) -> int:

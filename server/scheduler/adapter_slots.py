@@ -20,6 +20,14 @@ class AdapterSlots(Protocol):
         """Give back one ``acquire``; the adapter stays resident until its room is needed."""
         ...
 
+    def blocks_for(self, *adapter_ids: int) -> int:
+        """Cache blocks that are lost, as things are, while these adapters are held."""
+        ...
+
+    def blocks_of(self, *adapter_ids: int) -> int:
+        """Cache blocks that these adapters keep a sequence from having even while it is alone."""
+        ...
+
     def fits(self, *adapter_ids: int) -> bool:
         """Whether these adapters are on the device, or find room beside all that are."""
         ...

@@ -13,11 +13,16 @@ very step, because in each layer all of a step's keys and values are written bef
 The keys and values that adapters put before a sequence lie in blocks like any other: all sequences
 of an adapter hold the same ones, and when none does they stay findable until their room is needed.
 They are given by the adapter, not by tokens, so they are shared with prefix caching off as well.
+
+The memory may be shared with adapters (``shared_memory.py``): then the number of blocks changes,
+and a block that is in the way gets another number.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from types import MappingProxyType
+from typing import Protocol
 
 from .block_hash import block_hashes, prefix_hash
 from .errors import KVAccountingError
@@ -27,11 +32,46 @@ from .sequence import Sequence
 _NONE: Mapping[bytes, int] = MappingProxyType({})
 
 
+class Lender(Protocol):
+    """Who has the memory that blocks do not have: adapters."""
+
+    @property
+    def now(self) -> int:
+        """The number of the step, by which ages are told."""
+        ...
+
+    @property
+    def obtainable(self) -> int:
+        """Blocks that could be had."""
+        ...
+
+    def give(self, rival: int | None, /) -> bool:
+        """Give the cache some empty blocks.
+
+        False if none can be had, or only in the place of what is worth more than a block that was
+        last used in the step ``rival``; there is none if that is None.
+        """
+        ...
+
+
+class _NoLender:
+    """A memory of its own."""
+
+    now = 0
+    obtainable = 0
+
+    def give(self, _rival: int | None) -> bool:
+        """There is nothing to give."""
+        return False
+
+
 class BlockManager:
     """Gives cache blocks to sequences, takes them back, and finds cached prefixes.
 
     Attributes:
-        num_blocks: Blocks of the cache.
+        num_blocks: Blocks of the cache, at present.
+        most_blocks: Blocks that it can have.
+        version: Changes when a block that was found before may be another one now.
         block_size: Tokens of a block.
         prefix_queries: Tokens looked up in the prefix cache by admitted sequences.
         prefix_hits: Tokens of these that were found.
@@ -47,31 +87,67 @@ class BlockManager:
                 f" {block_size} tokens"
             )
         self.num_blocks = num_blocks
+        self.most_blocks = num_blocks
+        self.version = 0
         self.block_size = block_size
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._prefix_caching = enable_prefix_caching
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._cached_free: OrderedDict[int, None] = OrderedDict()
+        self._cached_free: OrderedDict[int, int] = OrderedDict()
+        """The step in which each was last used, in this order."""
+        self._lender: Lender = _NoLender()
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._holders: set[Sequence] = set()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the whole cache holds."""
-        return self.num_blocks * self.block_size
+    def share_with(self, lender: Lender) -> None:
+        """Share the memory from now on."""
+        self._lender = lender
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be given out, cached-free ones included."""
-        return len(self._free) + len(self._cached_free)
+        """Blocks that can be given out, cached-free ones and those to be had included."""
+        return len(self._free) + len(self._cached_free) + self._lender.obtainable
+
+    @property
+    def num_empty(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
 
     @property
     def num_used(self) -> int:
         """Blocks held by sequences."""
-        return self.num_blocks - self.num_free
+        return self.num_blocks - len(self._free) - len(self._cached_free)
+
+    @property
+    def oldest(self) -> int | None:
+        """The step in which the cached-free block that would go next was last used."""
+        return next(iter(self._cached_free.values()), None)
+
+    def evict(self) -> None:
+        """Empty that block."""
+        block, _ = self._cached_free.popitem(last=False)
+        self._unpublish(block)
+        self._free.append(block)
+
+    def resize(self, num_blocks: int) -> Seq[tuple[int, int]]:
+        """Have so many blocks; what lies behind goes to empty ones, as given: from and to.
+
+        Raises:
+            KVAccountingError: There are not enough empty ones.
+        """
+        behind = range(num_blocks, self.num_blocks)
+        free = [block for block in self._free if block < num_blocks]
+        occupied = [one for one in behind if self._ref_counts[one] or one in self._cached_free]
+        if len(free) < len(occupied) or not 0 < num_blocks <= self.most_blocks:
+            raise KVAccountingError(f"{self.num_blocks} blocks cannot become {num_blocks}")
+        free += range(num_blocks - 1, self.num_blocks - 1, -1)
+        self._free, self.num_blocks = free, num_blocks
+        moves = [(block, self._free.pop()) for block in occupied]
+        self._renumber(dict(moves))
+        return moves
 
     def find_cached(
         self, sequence: Sequence, limit: int, coming: Mapping[bytes, int] = _NONE
@@ -204,7 +280,7 @@ class BlockManager:
             if self._hash_of[block] is None:
                 self._free.append(block)
             else:
-                self._cached_free[block] = None
+                self._cached_free[block] = self._lender.now
         sequence.block_table = []
         sequence.prefix_blocks = []
 
@@ -255,19 +331,34 @@ class BlockManager:
         self._ref_counts[block] += 1
 
     def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._cached_free.popitem(last=False)
-            self._unpublish(block)
+        if not self._free and not self._lender.give(self.oldest):
+            self.evict()
+        block = self._free.pop()
         self._ref_counts[block] = 1
         return block
 
     def _unpublish(self, block: int) -> None:
         name = self._hash_of[block]
         if name is not None:
+            self.version += 1
             del self._block_of[name]
             self._hash_of[block] = None
+
+    def _renumber(self, new: Mapping[int, int]) -> None:
+        """Call blocks by new numbers, which nothing has."""
+        if not new:
+            return
+        self.version += 1
+        for block, other in new.items():
+            self._ref_counts[other], self._ref_counts[block] = self._ref_counts[block], 0
+            name = self._hash_of[other] = self._hash_of[block]
+            self._hash_of[block] = None
+            if name is not None:
+                self._block_of[name] = other
+        renamed = ((new.get(block, block), step) for block, step in self._cached_free.items())
+        self._cached_free = OrderedDict(renamed)
+        for holder in self._holders:
+            holder.renumber_blocks(new)
 
     def _check_references(self) -> None:
         tables = Counter(
@@ -280,6 +371,11 @@ class BlockManager:
             raise KVAccountingError(f"reference counts {counted} but block tables {dict(tables)}")
 
     def _check_states(self) -> None:
+        behind = [*self._ref_counts[self.num_blocks :], *self._hash_of[self.num_blocks :]]
+        if any(behind):
+            raise KVAccountingError(
+                f"blocks behind the {self.num_blocks} that there are hold something"
+            )
         in_use = [block for block, count in enumerate(self._ref_counts) if count]
         if sorted([*self._free, *self._cached_free, *in_use]) != list(range(self.num_blocks)):
             raise KVAccountingError(

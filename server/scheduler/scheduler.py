@@ -71,7 +71,7 @@ class Scheduler:
         prefix, blocks = sequence.adapters.prefix, self._blocks
         return longest_sequence(
             self.limits.max_model_len,
-            blocks.num_blocks,
+            blocks.most_blocks - self._adapters.blocks_of(*sequence.adapters.adapter_ids),
             blocks.block_size,
             0 if prefix is None else prefix.length,
             sequence.position_offset,
@@ -262,9 +262,13 @@ class Scheduler:
         cached = self._blocks.find_cached(sequence, sequence.cache_limit, step.coming)
         if lack := self._lack(sequence, cached, seats):
             return lack
+        version = self._blocks.version
         if not self._adapters.acquire(*adapter_ids):
             self._refused.add(adapter_ids)
             return Lack.ADAPTERS
+        if self._blocks.version != version:  # adapters came where blocks were
+            step.coming.update(self._coming(step))
+            cached = self._blocks.find_cached(sequence, sequence.cache_limit, step.coming)
         self._start(sequence, cached, step)
         if (item := step.put(sequence)) is not None:
             step.coming |= self._blocks.filled(sequence, item.start, item.end)
@@ -275,6 +279,7 @@ class Scheduler:
             return Lack.SEATS
         # One spare block for every other that runs, or its next tokens would preempt this one.
         spare = len(self._running) - sum(each.name in self._running for each in beams_of(sequence))
+        spare += self._adapters.blocks_for(*sequence.adapters.adapter_ids)
         fits = self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
         return None if fits else Lack.BLOCKS
 
@@ -292,7 +297,7 @@ class Scheduler:
         step.started.add(sequence)
         load = self._blocks.allocate(sequence, cached, len(sequence.token_ids))
         if load is not None:
-            step.prefix_loads.append(load)
+            step.prefix_loads[sequence] = load
         sequence.num_computed_tokens = len(cached) * self._blocks.block_size
         sequence.num_overtaken = 0
         self._running.add(sequence)

@@ -1,5 +1,6 @@
 """A sequence: one prompt and what has been generated for it. Free of torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
@@ -132,6 +133,14 @@ class Sequence:
     def __post_init__(self) -> None:
         """Start from the prompt and any output to resume."""
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    def renumber_blocks(self, new: Mapping[int, int]) -> None:
+        """Blocks with a new number lie there now."""
+        self.prefix_blocks = [new.get(block, block) for block in self.prefix_blocks]
+        self.block_table = [new.get(block, block) for block in self.block_table]
+        if self.block_copy is not None:
+            source, target = self.block_copy
+            self.block_copy = new.get(source, source), new.get(target, target)
 
     @property
     def name(self) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import starmap
 
 from .plan import PrefixLoad, ScheduledSequence, StepPlan
 from .sequence import Sequence
@@ -27,7 +28,7 @@ class Step:
     scheduled: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
     started: set[Sequence] = field(default_factory=set)
     coming: dict[bytes, int] = field(default_factory=dict)
-    prefix_loads: list[PrefixLoad] = field(default_factory=list)
+    prefix_loads: dict[Sequence, PrefixLoad] = field(default_factory=dict)
     unservable: list[Sequence] = field(default_factory=list)
     preempted: bool = False
     _taken: Counter[str] = field(default_factory=Counter)
@@ -76,7 +77,7 @@ class Step:
         copies = (sequence.block_copy for sequence in self.scheduled)
         return StepPlan(
             tuple(self.scheduled.values()),
-            tuple(self.prefix_loads),
+            tuple(starmap(_located, self.prefix_loads.items())),
             tuple(copy for copy in copies if copy is not None),
             tuple(self.unservable),
         )
@@ -90,3 +91,8 @@ class Step:
     def _take(self, sequence: Sequence, rows: int) -> None:
         self.budget -= rows
         self._taken[sequence.tenant] += rows
+
+
+def _located(sequence: Sequence, load: PrefixLoad) -> PrefixLoad:
+    """Where the blocks to be written are now: since they were taken, they may have been moved."""
+    return PrefixLoad(load.prefix, {index: sequence.prefix_blocks[index] for index in load.blocks})

@@ -13,7 +13,6 @@ from deltamux.kernels.backend import reference_backend
 from deltamux.kernels.paged_attention.op import PagedBatch
 from deltamux.server.model.base import ServedBase
 
-CPU = torch.device("cpu")
 ROOM = 1 << 20
 
 
@@ -21,7 +20,8 @@ ROOM = 1 << 20
 def logits(base: ServedBase, adapter: LoweredAdapter, tokens: Sequence[int]) -> Tensor:
     """Rows (tokens, vocabulary) of one prompt that is computed at once."""
     decoder, length = base.decoder, len(tokens)
-    pool = AdapterPool(base.layout, 4, adapter.num_device_bytes + ROOM, base.dtype, CPU)
+    memory = torch.empty(adapter.num_device_bytes + ROOM, dtype=torch.uint8)
+    pool = AdapterPool(base.layout, 4, memory, base.dtype)
     placement = pool.install(adapter)
     assert placement is not None
     assert all(part.scope == EveryPosition() for part in adapter.parts)

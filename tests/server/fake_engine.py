@@ -109,6 +109,7 @@ class FakeEngine:
             max_model_len=MAX_MODEL_LEN,
             num_blocks=128,
             block_size=16,
+            block_bytes=1 << 14,
             max_num_seqs=8,
             adapter_slots=4,
             adapter_room=Room(host_bytes=1 << 20, device_bytes=1 << 20, parts=4),

@@ -31,6 +31,21 @@ class Slots:
         self.held.update(adapter_ids)
         return True
 
+    def fits(self, *adapter_ids):
+        return len({*self.held, *adapter_ids}) <= self.room
+
+    def blocks_for(self, *adapter_ids):
+        return 0
+
+    def blocks_of(self, *adapter_ids):
+        return 0
+
+    def expect(self, adapter_ids):
+        pass
+
+    def prefetch(self):
+        pass
+
     def release(self, adapter_id):
         self.held[adapter_id] -= 1
         self.held += Counter()

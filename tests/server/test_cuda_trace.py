@@ -209,7 +209,8 @@ def traced(tiny_model, lowered) -> Iterator[Traced]:
 def make_traced(model: Path, lowered: dict[str, LoweredAdapter], mode: FakeTensorMode) -> Traced:
     backend = triton_backend({})
     base = load_base(model, DTYPE, CUDA, backend)
-    pool = AdapterPool(base.layout, 4 * len(lowered), 1 << 28, DTYPE, CUDA)
+    memory = torch.empty(1 << 28, dtype=torch.uint8, device=CUDA)
+    pool = AdapterPool(base.layout, 4 * len(lowered), memory, DTYPE)
     placements: dict[int, Placement] = {}
     ids = {}
     for number, (name, adapter) in enumerate(lowered.items(), start=1):

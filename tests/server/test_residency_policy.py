@@ -75,9 +75,9 @@ class Memory:
         self.there = set()
         self.copies = 0
 
-    def evictions_for(self, adapter, candidates):
-        missing = 1 - (self.room - len(self.there))
-        return max(missing, 0) if missing <= len(candidates) else None
+    @property
+    def free(self):
+        return PoolSize(self.room - len(self.there), 99)
 
     def install(self, adapter):
         self.copies += 1

@@ -41,6 +41,12 @@ class CountedSlots:
     def fits(self, *adapter_ids):
         return len({*self.held, *adapter_ids}) <= self.room
 
+    def blocks_for(self, *adapter_ids):
+        return 0
+
+    def blocks_of(self, *adapter_ids):
+        return 0
+
     def expect(self, adapter_ids):
         self.expected = list(adapter_ids)
 

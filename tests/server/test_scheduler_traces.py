@@ -73,6 +73,12 @@ class FakeSlots:
     def fits(self, *adapter_ids):
         return sum(ADAPTER_SIZES[a] for a in {*self.resident, *adapter_ids}) <= POOL
 
+    def blocks_for(self, *adapter_ids):
+        return 0
+
+    def blocks_of(self, *adapter_ids):
+        return 0
+
     def expect(self, adapter_ids):
         self.expected = list(adapter_ids)
 
