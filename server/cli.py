@@ -232,7 +232,7 @@ def cli() -> None:
     type=Bytes(),
     default="4GiB",
     metavar="BYTES",
-    help="Device memory for KV cache and adapters, beside the base's weights.",
+    help="Device memory that KV cache and adapters share, beside the base's weights.",
 )
 @_option(
     "--host-memory-budget",

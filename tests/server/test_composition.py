@@ -320,9 +320,8 @@ def test_an_activated_lora_beside_a_lora(changes, zoo, serve):
     assert served.ask(both, prompt, ("a", 0.5), ("alora", 1.0)) == 16
 
 
-def test_everything_in_one_batch(zoo, serve, monkeypatch):
+def test_everything_in_one_batch(zoo, serve):
     """Sums beside what they are sums of, in small chunks, and thrown out of a small cache."""
-    monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", 0.97)
     asked: list[Chosen] = [*SUMS, [], *([(name, 1.0)] for name in zoo.saved if name != "alora")]
     prompts = [tokens((2, 9, 20)[index % 3], index) for index in range(len(asked))]
     wanted = []
@@ -502,7 +501,7 @@ def test_an_adapter_of_a_sum_is_unloaded_when_the_sum_has_ended(zoo, serve):
 def test_adapters_that_are_too_large_together_are_refused_at_once(zoo, serve):
     """The others go on, each adapter alone too."""
     one, two = (takes(serve(name), name) for name in ("a", "b"))
-    device = 4 * (one.device_bytes + two.device_bytes - 64)
+    device = 5 * (one.device_bytes + two.device_bytes) // 4 - 8192
     host = one.host_bytes + two.host_bytes - 1
     for changes, option in (
         ({"memory_budget": device}, "--memory-budget"),
@@ -522,13 +521,12 @@ def test_adapters_that_are_too_large_together_are_refused_at_once(zoo, serve):
 # --- the device
 
 
-def test_a_sum_that_waits_for_room_keeps_out_none_of_its_members(alike, monkeypatch):
+def test_a_sum_that_waits_for_room_keeps_out_none_of_its_members(alike):
     """The device has room for two adapters and one is in use: another may join it."""
     one = Served(alike, "w")
-    share = 2 * takes(one, "w").device_bytes / 1_000_000
+    size = takes(one, "w").device_bytes
     one.engine.close()
-    monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", share)
-    served = Served(alike, memory_budget=1_000_000)
+    served = Served(alike, memory_budget=29 * size // 10)
     running = served.submit(PROMPT, ("y", 1.0), count=12)
     served.engine.step()
     both = served.submit(PROMPT, ("w", 1.0), ("x", 1.0))
@@ -558,7 +556,7 @@ def biased(*lengths: int) -> LoweredAdapter:
 def test_a_group_that_fits_is_held_wherever_its_members_lay(zoo):
     """An idle adapter in the middle must not keep the other one of its request out."""
     layout = EngineHarness(engine_config(zoo.model)).engine._layout
-    pool = AdapterPool(layout, 8, 640, torch.float32, torch.device("cpu"))
+    pool = AdapterPool(layout, 8, torch.empty(640, dtype=torch.uint8), torch.float32)
     adapters = {1: biased(256), 2: biased(64), 3: biased(512)}
     residency = Residency(pool, adapters.__getitem__)
     assert residency.acquire(1)

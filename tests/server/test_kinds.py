@@ -196,9 +196,8 @@ def test_all_kinds_in_one_batch(family, changes, cases, harness, tiny_model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_kinds_survive_preemption(family, cases, harness, tiny_model, monkeypatch):
+def test_all_kinds_survive_preemption(family, cases, harness, tiny_model):
     """The cache holds a few sequences, so many are thrown out and computed again."""
-    monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", 1 - CACHE / BUDGET)
     chosen = [case for case in cases(family) if len(case.prompt) < 60]
     engine = harness(tiny_model(family), memory_budget=BUDGET)
     ids = load_all(engine, chosen)

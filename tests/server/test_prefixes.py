@@ -42,9 +42,10 @@ def blocks(length: int, block_size: int) -> int:
     return -(-length // block_size)
 
 
-def room(num_blocks: int) -> dict[str, int]:
-    """An engine of so many blocks."""
-    return {"memory_budget": num_blocks * BLOCK_BYTES * 4 // 3 + 1}
+def room(num_blocks: int, block_size: int = 4) -> dict[str, int]:
+    """An engine of so many blocks, beside the least that adapters have."""
+    pages = num_blocks + max(num_blocks // 9, 1)
+    return {"memory_budget": pages * BLOCK_BYTES * block_size // 4, "block_size": block_size}
 
 
 class Zoo:
@@ -362,8 +363,8 @@ def test_without_a_shift_all_positions_are_the_requests(serve):
         ({"max_model_len": 20}, False),
         (room(6), True),
         (room(5), False),
-        ({**room(12), "block_size": 16}, True),
-        ({**room(8), "block_size": 16}, False),
+        (room(3, 16), True),
+        (room(2, 16), False),
     ],
 )
 def test_a_prefix_that_leaves_no_room_is_refused_when_it_is_loaded(changes, fits, serve, zoo):
@@ -383,11 +384,11 @@ def test_a_prefix_that_leaves_no_room_is_refused_when_it_is_loaded(changes, fits
     assert "--memory-budget" in refused.message
 
 
-def test_a_prefix_takes_no_room_in_the_pool_of_adapters(serve, monkeypatch):
+def test_a_prefix_takes_no_room_beside_the_blocks(serve):
     """It lies in the cache, so its size has to fit there."""
-    monkeypatch.setattr("deltamux.server.engine.build.ADAPTER_SHARE", 0.01)
     served = serve("prefix19", memory_budget=100_000)
     served.ask([("prefix19", tokens(9))])
+    assert served.engine.engine._residency.num_bytes == 0
 
 
 def post(server: Running, prompt: list[int], **more) -> httpx.Response:
