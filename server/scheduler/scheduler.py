@@ -64,7 +64,7 @@ class Scheduler:
         self._sharing = StepSharing(limits, *books)
         self._num_steps = 0
         self._refused: set[tuple[int, ...]] = set()
-        """What got no room; nothing can have changed until some sequence releases an adapter."""
+        """What got no room; nothing can have changed until some sequence ends or is preempted."""
 
     def max_tokens_that_fit(self, sequence: Sequence) -> int:
         """Tokens of the sequence at most: what model and cache can hold beside its prefix."""
@@ -262,8 +262,8 @@ class Scheduler:
         cached = self._blocks.find_cached(sequence, sequence.cache_limit, step.coming)
         if lack := self._lack(sequence, cached, seats):
             return lack
-        version = self._blocks.version
-        if not self._adapters.acquire(*adapter_ids):
+        version, lost = self._blocks.version, self._adapters.blocks_for(*adapter_ids)
+        if self._lack(sequence, cached, seats, lost) or not self._adapters.acquire(*adapter_ids):
             self._refused.add(adapter_ids)
             return Lack.ADAPTERS
         if self._blocks.version != version:  # adapters came where blocks were
@@ -274,13 +274,15 @@ class Scheduler:
             step.coming |= self._blocks.filled(sequence, item.start, item.end)
         return None
 
-    def _lack(self, sequence: Sequence, cached: list[int], seats: int) -> Lack | None:
+    def _lack(
+        self, sequence: Sequence, cached: list[int], seats: int, lost: int = 0
+    ) -> Lack | None:
+        """What it lacks beside adapters, where these take ``lost`` of the cache's blocks."""
         if rows_of(sequence) > seats:
             return Lack.SEATS
         # One spare block for every other that runs, or its next tokens would preempt this one.
         spare = len(self._running) - sum(each.name in self._running for each in beams_of(sequence))
-        spare += self._adapters.blocks_for(*sequence.adapters.adapter_ids)
-        fits = self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare)
+        fits = self._blocks.can_allocate(sequence, cached, len(sequence.token_ids), spare + lost)
         return None if fits else Lack.BLOCKS
 
     def _coming(self, step: Step) -> dict[bytes, int]:
@@ -409,4 +411,4 @@ class Scheduler:
         self._blocks.free(sequence)
         for adapter_id in sequence.adapters.adapter_ids:
             self._adapters.release(adapter_id)
-            self._refused.clear()
+        self._refused.clear()

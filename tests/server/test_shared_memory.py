@@ -1,4 +1,4 @@
-"""One memory for cache blocks and adapters: random traffic, bursts of either side, and the border."""
+"""One memory for blocks and adapters: random traffic, bursts of either side, and the border."""
 
 from collections import Counter
 from random import Random
@@ -332,7 +332,7 @@ def test_a_border_that_cannot_be_is_refused():
 
 
 def test_more_adapters_than_fit_beside_long_contexts_change_throughput_smoothly():
-    """Adapters of half the memory and contexts of the other half; then up to eight times as many."""
+    """From half of what fits beside the contexts to eight times as many."""
     rates = []
     for share in (0.5, 1, 2, 4, 8):
         random = Random(1)
