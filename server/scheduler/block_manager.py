@@ -215,7 +215,7 @@ class BlockManager:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make the table cover ``num_tokens`` tokens; False, with nothing done, if it cannot."""
         missing = self._blocks_for(num_tokens) - len(sequence.block_table)
-        if missing > self.num_free:
+        if missing > len(self._free) and missing > self.num_free:
             return False
         for _ in range(missing):
             sequence.block_table.append(self._take())
