@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from .api.app import create_app
 from .api.state import AppState, Limits
+from .api.wire import BoundedHttp
 from .config import ServeConfig
 from .engine.client import EngineClient, EngineListener
 from .engine.config import EngineConfig
@@ -189,7 +190,7 @@ async def _serve(
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(state, config.cors_origins),
-                http="httptools",
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
