@@ -154,7 +154,8 @@ def _parsed(kind: type[_Fields], content: object, strict: bool = True) -> _Field
     try:
         return kind.model_validate(content, strict=strict)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+        located = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(located) from error
 
 
 def _changeable(name: str, caller: Caller, state: AppState) -> Adapter:

@@ -86,7 +86,7 @@ class Job:
 def model_choice(body: ModelBody, caller: Caller, request: Request) -> ModelChoice:
     """What a request is to run on, as its caller named it."""
     adapters = tuple((each.name, each.weight) for each in body.adapters)
-    sticky = body.user if isinstance(body.user, str) else request_id(request.scope)
+    sticky = request_id(request.scope) if body.user is None else body.user
     return ModelChoice(body.model, caller, adapters, sticky)
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from time import monotonic
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -89,7 +89,7 @@ class ModelBody(Body):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
     deadline_ms: int | None = Field(default=None, ge=1, le=INT32_MAX)
-    user: Any = None
+    user: Text | None = None
     _arrived: float = PrivateAttr(default_factory=monotonic)
 
     @property
