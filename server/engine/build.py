@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def build_parts(
     )
     scheduler = Scheduler(limits, blocks, residency)
     info = _info(config, decoder, backend, limits, pages, room, pin_room)
-    grammars = GrammarCompiler(_vocabulary(config, limits.vocab_size), host.wakeup)
+    grammars = GrammarCompiler(partial(_vocabulary, config, limits.vocab_size), host.wakeup)
     return EngineParts(
         decoder, scheduler, blocks, runner, host, residency, shared, grammars, room, info
     )

@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -20,19 +21,21 @@ class GrammarCompiler:
     """Compiles each grammar once; every public method belongs to the engine's thread.
 
     Args:
-        vocabulary: Of the base.
+        load: Gives the base's vocabulary. It is called at once, in the thread: few requests need
+            it, and none should wait for it to be ready.
         wakeup: An eventfd that is written when a grammar has been compiled.
     """
 
-    def __init__(self, vocabulary: Vocabulary, wakeup: int) -> None:
-        """Begin without any; the thread starts with the first."""
-        self._vocabulary = vocabulary
+    def __init__(self, load: Callable[[], Vocabulary], wakeup: int) -> None:
+        """Begin without any grammar."""
         # A descriptor of our own: the other may be closed while a grammar is compiled.
         self._wakeup = os.dup(wakeup)
         self._compiled: OrderedDict[str, LLMatcher | GrammarRefused] = OrderedDict()
         self._waiting: dict[str, list[str]] = {}
         self._ended: SimpleQueue[tuple[str, LLMatcher | GrammarRefused]] = SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+        self._vocabulary = self._thread.submit(load)
+        self._vocabulary.add_done_callback(self._wake)
 
     def ask(self, grammar: str, request_id: str) -> bool:
         """Whether it is compiled; where it is not it will be, and ``completed`` will tell."""
@@ -46,7 +49,13 @@ class GrammarCompiler:
         return False
 
     def completed(self) -> list[str]:
-        """Ids of the requests whose grammars have been compiled since the last call."""
+        """Ids of the requests whose grammars have been compiled since the last call.
+
+        Raises:
+            Exception: As ``load``, if that failed.
+        """
+        if self._vocabulary.done():
+            self._vocabulary.result()
         request_ids: list[str] = []
         for _ in range(self._ended.qsize()):
             grammar, outcome = self._ended.get_nowait()
@@ -71,7 +80,7 @@ class GrammarCompiler:
         if isinstance(compiled, GrammarRefused):
             raise compiled
         may_end_early = bool(request.sampling.end_token_ids)
-        matcher = Matcher(compiled.deep_copy(), self._vocabulary, may_end_early)
+        matcher = Matcher(compiled.deep_copy(), self._vocabulary.result(), may_end_early)
         if not all(map(matcher.accept, request.output_token_ids)):
             raise GrammarRefused(matcher.error)
         return matcher
@@ -83,10 +92,10 @@ class GrammarCompiler:
 
     def _compile(self, grammar: str) -> None:
         try:
-            self._ended.put((grammar, self._vocabulary.compile(grammar)))
+            self._ended.put((grammar, self._vocabulary.result().compile(grammar)))
         except GrammarRefused as error:
             self._ended.put((grammar, error))
 
-    def _wake(self, future: "Future[None]") -> None:
+    def _wake(self, future: "Future[None] | Future[Vocabulary]") -> None:
         if not future.cancelled():
             os.eventfd_write(self._wakeup, 1)
