@@ -35,7 +35,7 @@ class GrammarCompiler:
         self._ended: SimpleQueue[tuple[str, LLMatcher | GrammarRefused]] = SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._vocabulary = self._thread.submit(load)
-        self._vocabulary.add_done_callback(self._wake)
+        self._vocabulary.add_done_callback(self._wake_if_failed)
 
     def ask(self, grammar: str, request_id: str) -> bool:
         """Whether it is compiled; where it is not it will be, and ``completed`` will tell."""
@@ -96,6 +96,10 @@ class GrammarCompiler:
         except GrammarRefused as error:
             self._ended.put((grammar, error))
 
-    def _wake(self, future: "Future[None] | Future[Vocabulary]") -> None:
+    def _wake(self, future: "Future[None]") -> None:
         if not future.cancelled():
+            os.eventfd_write(self._wakeup, 1)
+
+    def _wake_if_failed(self, vocabulary: "Future[Vocabulary]") -> None:
+        if not vocabulary.cancelled() and vocabulary.exception() is not None:
             os.eventfd_write(self._wakeup, 1)

@@ -69,6 +69,7 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
         mailbox.send([EngineFailed(f"{type(error).__name__}: {error}")])
         raise SystemExit(1) from error
     finally:
+        gc.unfreeze()  # what is frozen would count as leaked when the interpreter ends
         context.destroy(linger=1000)
 
 

@@ -24,13 +24,6 @@ def test_help_names_every_benchmark() -> None:
     assert all(name in output for name in ("kernels", "roofline", "serve", "compare", "step"))
 
 
-@pytest.mark.parametrize("name", ["adapters"])
-def test_later_benchmarks_are_refused_by_name(name: str) -> None:
-    code, output = bench(name, "--rows", "3")
-    assert code == 2
-    assert f"bench {name} --rows 3 is not in this release" in output
-
-
 def test_unknown_benchmarks_are_refused() -> None:
     code, output = bench("nonsense")
     assert code == 2

@@ -38,6 +38,7 @@ def prompts(server: FakeServer) -> list[tuple[int, ...]]:
 
 def test_a_report_is_complete(server: FakeServer) -> None:
     server.chunk_sizes = (1, 3, 2)
+    server.seconds_per_chunk = 0.01
     report = load(server, "--concurrency", "3", "--seed", "7", "--slo", "ttft=1e6,e2e=1e6")
     assert report.keys() == {"benchmark", "machine", "versions", "workload", "seed", "results"}
     assert report["versions"]["server"] == {"version": "0"}

@@ -86,7 +86,7 @@ def test_every_kind_of_adapter_embeds(harness, tiny_model, tmp_path):
 def test_preempted_and_aborted_ones_leave_nothing(harness, tiny_model):
     """In a cache that holds few of them."""
     model = tiny_model("llama")
-    oracle, engine = PeftOracle(model), harness(model, memory_budget=1 << 19)
+    oracle, engine = PeftOracle(model), harness(model, memory_budget=3 << 17)
     prompts = {str(number): prompt_of(40 + number, number) for number in range(12)}
     for name, prompt in prompts.items():
         engine.submit(make_request(name, prompt, embeds=True))

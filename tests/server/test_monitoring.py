@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
 GRAFANA = ROOT / "deploy" / "grafana"
 BOARD = json.loads((GRAFANA / "dashboard.json").read_text(encoding="utf-8"))
-ROW = re.compile(r"^\| `((?:vllm|deltamux):\w+)` \| (\w+) \| ((?:`\w+`(?:, )?)+) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `((?:vllm|deltamux):\w+)` \| (\w+) \| ((?:`\w+`(?:, )?)*) ?\|", re.MULTILINE)
 ADDED_BY_PROMETHEUS = {"instance", "job", "le"}
 
 Series = dict[str, tuple[str, frozenset[str]]]

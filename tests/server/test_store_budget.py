@@ -15,6 +15,7 @@ from deltamux.server.store.budget import DiskBudget
 from deltamux.server.store.errors import RegistryError, StoreFull
 from deltamux.server.store.leases import ModelChoice
 from deltamux.server.store.registry import AdapterRegistry, Wanted
+from deltamux.server.tenants.tenant import OPERATOR
 
 from .fake_engine import FakeEngine
 from .fake_store import files_in, open_registry, write_adapter
@@ -95,7 +96,7 @@ def test_what_a_request_uses_is_not_collected_to_make_room(engine, tmp_path):
     async def story() -> None:
         async with opened(engine, tmp_path, size, keep_versions=1) as registry:
             await add(registry, tmp_path, "a")
-            async with registry.leases.lease(ModelChoice("a")):
+            async with registry.leases.lease(ModelChoice("a", OPERATOR)):
                 await registry.remove("a")
                 with pytest.raises(StoreFull):
                     await add(registry, tmp_path, "b")
