@@ -291,6 +291,7 @@ async def _start_up(
         await watching
     finally:
         watching.cancel()
+        gc.unfreeze()  # what is frozen would count as leaked when the interpreter ends
 
 
 def _stop_if_failed(starting: "asyncio.Task[None]", server: uvicorn.Server) -> None:
