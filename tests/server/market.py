@@ -15,40 +15,9 @@ from deltamux.server.scheduler.plan import SequenceResult
 from deltamux.server.scheduler.scheduler import Scheduler
 from deltamux.server.scheduler.sequence import AdapterUse, Salt, Sequence
 
+from .counted_slots import CountedSlots
+
 VOCAB = 1000
-
-
-class Slots:
-    """Room for some adapters at once, of equal size; which are idle does not matter."""
-
-    def __init__(self, room):
-        self.room = room
-        self.held = Counter()
-
-    def acquire(self, *adapter_ids):
-        if len({*self.held, *adapter_ids}) > self.room:
-            return False
-        self.held.update(adapter_ids)
-        return True
-
-    def fits(self, *adapter_ids):
-        return len({*self.held, *adapter_ids}) <= self.room
-
-    def blocks_for(self, *adapter_ids):
-        return 0
-
-    def blocks_of(self, *adapter_ids):
-        return 0
-
-    def expect(self, adapter_ids):
-        pass
-
-    def prefetch(self):
-        pass
-
-    def release(self, adapter_id):
-        self.held[adapter_id] -= 1
-        self.held += Counter()
 
 
 @dataclass
@@ -85,7 +54,7 @@ class Market:
     ):
         limits = SchedulerLimits(seqs, budget, 4000, VOCAB, step_overhead=overhead)
         self.blocks = BlockManager(blocks, block_size)
-        self.slots = Slots(slots)
+        self.slots = CountedSlots(slots)
         self.scheduler = Scheduler(limits, self.blocks, self.slots)
         self.speed = speed
         self.check = self.scheduler.check_integrity if check else lambda: None

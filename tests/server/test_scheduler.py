@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
@@ -19,44 +18,10 @@ from deltamux.server.scheduler.plan import SequenceResult
 from deltamux.server.scheduler.scheduler import Scheduler
 from deltamux.server.scheduler.sequence import AdapterUse, Prefix, Salt, Sequence
 
+from .counted_slots import CountedSlots
+
 END = 999
 VOCAB = 1000
-
-
-class CountedSlots:
-    """Room for a number of adapters, each one slot large."""
-
-    def __init__(self, room):
-        self.room = room
-        self.held = Counter()
-        self.asked = Counter()
-
-    def acquire(self, *adapter_ids):
-        self.asked.update(adapter_ids)
-        if len({*self.held, *adapter_ids}) > self.room:
-            return False
-        self.held.update(adapter_ids)
-        return True
-
-    def fits(self, *adapter_ids):
-        return len({*self.held, *adapter_ids}) <= self.room
-
-    def blocks_for(self, *adapter_ids):
-        return 0
-
-    def blocks_of(self, *adapter_ids):
-        return 0
-
-    def expect(self, adapter_ids):
-        self.expected = list(adapter_ids)
-
-    def prefetch(self):
-        pass
-
-    def release(self, adapter_id):
-        self.held[adapter_id] -= 1
-        assert self.held[adapter_id] >= 0
-        self.held += Counter()
 
 
 class Bench:
