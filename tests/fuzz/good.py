@@ -62,7 +62,7 @@ SAMPLING: dict[str, Draw] = {
     "return_tokens_as_token_ids": lambda _: True,
     "cache_salt": text,
     "priority": lambda draw: draw.randint(-9, 9),
-    "user": lambda _: "\ud800",
+    "user": text,
     "metadata": lambda _: {"deep": [[[{}]]]},
     "n": lambda draw: draw.randint(1, 4),
 }
