@@ -109,7 +109,7 @@ ARGUMENTS = [
 
 ODD_BUT_GOOD = [
     {"prompt": "\x00\x01\x1b[2J\r\n\x7f\u202e"},
-    {"user": "\ud800"},
+    {"user": "\u00fc" * 5000},
     {"cache_salt": "\x00" * 256},
     {"stop": ["\x00", "\ufffd"]},
     {"metadata": {"deep": [[[[{}]]]]}},

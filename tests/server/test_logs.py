@@ -17,6 +17,7 @@ from deltamux.server.tenants.tenant import Role, Tenant
 
 from .fake_engine import leave_when_stalled
 from .fake_store import write_adapter
+from .siege import eventually
 
 SECRET = "s3cret-prompt-of-somebody"
 KEY = "sk-deltamux-s3cret-key"
@@ -83,6 +84,7 @@ def test_adapters_are_told_with_their_version(server, access):
     body = {"lora_name": "poet", "lora_path": str(path)}
     httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).raise_for_status()
     post(server, model="poet", stream=True)
+    eventually(lambda: len(access()) == 2)  # a stream's line comes after its last byte
     _, line = access()
     digest = server.state.registry.catalog.get("poet").default_digest
     assert (line["model"], line["digest"], line["stream"]) == ("poet", digest, True)
