@@ -177,7 +177,7 @@ class Scheduler:
     def _fill(self, step: Step) -> None:
         self._schedule_running(step)
         # What a preemption freed belongs to those it was freed for.
-        if not step.preempted:
+        if self._waiting and not step.preempted:
             self._admit(step)
 
     def _schedule_running(self, step: Step) -> None:
