@@ -57,7 +57,7 @@ async def create_embeddings(
     vectors = await while_connected(request.receive, work)
     tokens = sum(len(each.token_ids) for each in inputs)
     record.counts = Counts(requests=1, prompt_tokens=tokens)
-    await state.ledger.add(record.consumer, record.counts).wait()
+    state.ledger.add(record.consumer, record.counts)
     data = [_shown(index, vector, body) for index, vector in enumerate(vectors)]
     answer = EmbeddingList(data, body.model, EmbeddingUsage(tokens, tokens))
     response = json_response(answer)

@@ -17,11 +17,11 @@ class Meter:
         self._record = job.record
         self._ledger = ledger
 
-    async def sending(self) -> None:
+    def sending(self) -> None:
         """Count what was tallied since the last time as sent; it may be, once this returns."""
         new = self._new()
         if new != NOTHING:
-            await self._ledger.add(self._record.consumer, new).wait()
+            self._ledger.add(self._record.consumer, new)
 
     @contextmanager
     def counting(self) -> Iterator[None]:

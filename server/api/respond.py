@@ -71,7 +71,7 @@ async def _response(
         with meter.counting():
             work = gather(job, source, meter.tally)
             choices = await while_connected(request.receive, work)
-            await meter.sending()
+            meter.sending()
         return json_response(form.whole(choices, meter.tally.usage()))
     first = await while_connected(request.receive, anext(source))
     options = body.stream_options or StreamOptions()
@@ -96,11 +96,11 @@ async def _chunks(
             for chunk in form.opening():
                 yield chunk
             tally.add(first)
-            await meter.sending()
+            meter.sending()
             yield form.chunk(first, _usage_of_chunk(tally, options))
             async for delta in rest:
                 tally.add(delta)
-                await meter.sending()
+                meter.sending()
                 yield form.chunk(delta, _usage_of_chunk(tally, options))
     if options.include_usage:
         yield form.closing(tally.usage())

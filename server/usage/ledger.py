@@ -1,8 +1,9 @@
 """Counts usage so that nothing that was sent is lost, whatever ends the process.
 
-Counts are journalled before what they count is sent, one ``write`` for everything that is counted
-in one turn of the event loop. Every few seconds, and at the start, they are added to the sums in
-the database, together with the number of the last journal record these hold.
+Counts are journalled before what they count is sent, each by a ``write`` of its own: it takes
+microseconds, less than to wait for others' with whom to share one. Every few seconds, and at the
+start, they are added to the sums in the database, together with the number of the last journal
+record these hold.
 
 So after ``kill -9`` the sums hold all that was sent, and beside it at most the last update of each
 stream that was open: journalled, and not sent any more. A power cut can take what was not yet
@@ -19,13 +20,13 @@ from time import time
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import journal
-from .counts import NOTHING, Consumer, Counts, Entry, Sums, add_entry
+from .counts import Consumer, Counts, Entry, Sums, add_entry
 from .journal import Journal
 from .records import UsageQuery, UsageRecords, UsageRow
 
 logger = logging.getLogger(__name__)
 
-_FOLD_SECONDS = 2.0
+_FOLD_SECONDS = 10.0
 _DAY = 86_400
 
 
@@ -47,8 +48,7 @@ class Ledger:
         self._folder = folder
         self._records = records
         self._journal = Journal(folder, _recover(folder, records))
-        self._pending: dict[Consumer, Counts] = {}
-        self._batch: asyncio.Event | None = None
+        self._unwritten: Sums = {}
         self._unfolded: Sums = {}
         self._folding = asyncio.Lock()
 
@@ -63,14 +63,13 @@ class Ledger:
             closing.set()
             await task
 
-    def add(self, consumer: Consumer, counts: Counts) -> asyncio.Event:
-        """Count; what is counted must not be sent before the event is set."""
-        self._pending[consumer] = self._pending.get(consumer, NOTHING) + counts
-        if self._batch is None:
-            self._batch = asyncio.Event()
-            # Those who run in the same turn of the event loop share one write.
-            asyncio.get_running_loop().call_soon(self._write)
-        return self._batch
+    def add(self, consumer: Consumer, counts: Counts) -> None:
+        """Count; what is counted may be sent once this returns.
+
+        What cannot be written is kept, told of, and written with what comes next.
+        """
+        add_entry(self._unwritten, Entry(int(time()) // _DAY, consumer, counts))
+        self._write()
 
     async def find(self, query: UsageQuery) -> list[UsageRow]:
         """Usage up to now.
@@ -114,21 +113,17 @@ class Ledger:
             await self.fold()
 
     def _write(self) -> None:
-        """Journal what is pending; what cannot be written is tried again with what comes next."""
-        batch, self._batch = self._batch, None
-        if self._pending:
-            day = int(time()) // _DAY
-            entries = [Entry(day, *item) for item in self._pending.items()]
-            try:
-                self._journal.append(entries)
-            except OSError as error:
-                logger.error("usage cannot be journalled and is kept in memory: %s", error)
-            else:
-                self._pending.clear()
-                for entry in entries:
-                    add_entry(self._unfolded, entry)
-        if batch is not None:
-            batch.set()
+        if not self._unwritten:
+            return
+        entries = [Entry(*key, counts) for key, counts in self._unwritten.items()]
+        try:
+            self._journal.append(entries)
+        except OSError as error:
+            logger.error("usage cannot be journalled and is kept in memory: %s", error)
+            return
+        self._unwritten.clear()
+        for entry in entries:
+            add_entry(self._unfolded, entry)
 
 
 def _recover(folder: Path, records: UsageRecords) -> int:

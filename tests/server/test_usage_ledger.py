@@ -46,7 +46,7 @@ def files(state_dir: Path) -> list[str]:
 def test_what_was_counted_is_there_at_once_and_after_a_restart(tmp_path):
     async def story(of: Ledger) -> None:
         async with of.running():
-            await of.add(ANN, ONE).wait()
+            of.add(ANN, ONE)
             of.add(ANN, TOKEN)
             of.add(BOB, TOKEN)
             assert await tenants(of) == {"ann": ONE + TOKEN, "bob": TOKEN}
@@ -59,42 +59,14 @@ def test_what_was_counted_is_there_at_once_and_after_a_restart(tmp_path):
         assert asyncio.run(tenants(second)) == {"ann": ONE + TOKEN, "bob": TOKEN + TOKEN}
 
 
-def test_one_write_for_all_that_is_counted_in_one_turn(tmp_path, monkeypatch):
+def test_what_is_counted_is_written_before_it_may_be_sent(tmp_path, monkeypatch):
     writes = []
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, raw: writes.append(raw) or write(file, raw))
-
-    async def stream(of: Ledger, consumer: Consumer, seen: list[int]) -> None:
-        for _ in range(5):
-            await of.add(consumer, TOKEN).wait()
-            seen.append(len(writes))
-
-    async def story(of: Ledger) -> None:
-        seen: list[int] = []
-        consumers = [Consumer("base", f"t{number}") for number in range(40)]
-        await asyncio.gather(*(stream(of, each, seen) for each in consumers))
-        assert seen == [step for step in range(1, 6) for _ in consumers], (
-            "written before it goes on"
-        )
-        assert len(writes) == 5
-
     with opened(tmp_path) as of:
-        asyncio.run(story(of))
-
-
-def test_one_who_waits_and_is_cancelled_disturbs_no_other(tmp_path):
-    async def story(of: Ledger) -> None:
-        async def wait(consumer: Consumer) -> None:
-            await of.add(consumer, TOKEN).wait()
-
-        first, second = asyncio.create_task(wait(ANN)), asyncio.create_task(wait(BOB))
-        await asyncio.sleep(0)
-        first.cancel()
-        await second
-        assert await tenants(of) == {"ann": TOKEN, "bob": TOKEN}
-
-    with opened(tmp_path) as of:
-        asyncio.run(story(of))
+        for number in range(1, 6):
+            of.add(ANN, TOKEN)
+            assert len(writes) == number
 
 
 def abandon(state_dir: Path, counted: list[tuple[Consumer, Counts]], fold_after: set[int]) -> None:
@@ -102,7 +74,7 @@ def abandon(state_dir: Path, counted: list[tuple[Consumer, Counts]], fold_after:
 
     async def story(of: Ledger) -> None:
         for number, (consumer, counts) in enumerate(counted):
-            await of.add(consumer, counts).wait()
+            of.add(consumer, counts)
             if number in fold_after:
                 await of.fold()
 
@@ -183,11 +155,11 @@ class Failing:
 
 def test_a_database_that_fails_is_tried_again_and_nothing_is_lost(tmp_path, caplog):
     async def story(of: Ledger, records: Failing) -> None:
-        await of.add(ANN, ONE).wait()
+        of.add(ANN, ONE)
         records.failures = 2
         for _ in range(2):
             await of.fold()
-            await of.add(ANN, TOKEN).wait()
+            of.add(ANN, TOKEN)
         assert len(files(tmp_path)) == 3
         assert await tenants(of) == {"ann": ONE + TOKEN + TOKEN}
         assert files(tmp_path) == []
@@ -206,7 +178,7 @@ def test_journal_files_that_cannot_be_removed_count_once(tmp_path, monkeypatch, 
         patch.setattr(journal, "remove", refuse)
 
         async def story() -> None:
-            await of.add(ANN, ONE).wait()
+            of.add(ANN, ONE)
             assert await tenants(of) == {"ann": ONE}
 
         asyncio.run(story())
@@ -229,7 +201,7 @@ def test_a_disk_that_is_full_holds_up_nobody_and_loses_nothing(tmp_path, monkeyp
     async def story(of: Ledger) -> None:
         monkeypatch.setattr(os, "write", full)
         for _ in range(3):
-            await of.add(ANN, TOKEN).wait()
+            of.add(ANN, TOKEN)
 
     with caplog.at_level(logging.ERROR), opened(tmp_path) as of:
         asyncio.run(story(of))
@@ -246,7 +218,7 @@ def test_days_filters_and_groups(tmp_path, monkeypatch):
         for later, consumer in enumerate((ANN, BOB, other_version, ANN)):
             seconds = (day + timedelta(later) - date(1970, 1, 1)).total_seconds()
             monkeypatch.setattr(ledger, "time", lambda seconds=seconds: seconds + 86399.9)
-            await of.add(consumer, TOKEN).wait()
+            of.add(consumer, TOKEN)
 
         async def found(*group_by: str, **query) -> dict:
             rows = await of.find(UsageQuery(group_by=group_by, **query))
