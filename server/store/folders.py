@@ -71,7 +71,7 @@ class DeclaredAdapters:
         for name, source in self._declared.named:
             origin = _named_origin(name)
             try:
-                if not _is_current(self._registry.catalog.find(name), source, origin):
+                if not _is_as_declared(self._registry.catalog.find(name), source, origin):
                     await self._registry.add(Wanted(name, source, replace=True, origin=origin))
             except (AdapterError, RegistryError) as error:
                 raise DeclaredRefused(f"--adapter {name}={source}: {error}") from error
@@ -125,15 +125,15 @@ class FolderSync:
     def _is_news(self, path: Path, state: str) -> bool:
         """Whether the files differ from what is registered, and from what was last tried."""
         known = self._registry.catalog.find(path.name)
-        if self._tried.get(path.name) == state or _is_current(
-            known, str(path), self._origin, state
-        ):
+        if self._tried.get(path.name) == state:
             return False
-        if known is not None and known.origin != self._origin:
+        if known is None:
+            return True
+        if known.origin != self._origin:
             self._tried[path.name] = state
             logger.warning("the adapter at %s is not served: its name is taken", path)
             return False
-        return True
+        return not _has_version(known, str(path), state)
 
     async def _take(self, path: Path, state: str, turns: asyncio.Semaphore) -> None:
         wanted = Wanted(path.name, str(path), replace=True, origin=self._origin)
@@ -159,18 +159,23 @@ def _adapters_in(folder: Path) -> list[tuple[Path, str]]:
     return [(path, fingerprint(path)) for path in inside]
 
 
-def _is_current(known: Adapter | None, source: str, origin: str, state: str = "") -> bool:
-    """Whether what is at the source now is a version of the adapter already.
+def _is_as_declared(known: Adapter | None, source: str, origin: str) -> bool:
+    """Whether the adapter was last registered from this source, as it is now.
 
-    ``state`` is the fingerprint of its files, where it is known.
+    Its default may be another version meanwhile. What was registered from elsewhere, by an earlier
+    start or by the API, gives way to what this start declares.
     """
     if known is None or known.origin != origin or known.default is None:
         return False
     place = parse_source(source)
     if place.kind is not SourceKind.LOCAL:
         return known.source == source or known.source.startswith(f"{source}@")
-    now = state or fingerprint(place.path)
-    return any((each.source, each.fingerprint) == (place.text, now) for each in known.versions)
+    return known.source == place.text and _has_version(known, place.text, fingerprint(place.path))
+
+
+def _has_version(known: Adapter, source: str, state: str) -> bool:
+    """Whether one was registered from the source when its files had this fingerprint."""
+    return any((each.source, each.fingerprint) == (source, state) for each in known.versions)
 
 
 def _named_origin(name: str) -> str:

@@ -91,6 +91,17 @@ def test_a_named_adapter_wins_over_a_folder_of_that_name(engine, tmp_path):
     assert list(engine.loaded.values()) == ["named"]
 
 
+def test_a_named_adapter_is_of_the_source_this_start_names(engine, tmp_path):
+    """Also where an earlier start named that source, and one between them another."""
+    first, second = write_adapter(tmp_path / "1", "1"), write_adapter(tmp_path / "2", "2")
+    for folder in (first, second, first):
+
+        def check(registry: AdapterRegistry, folder: Path = folder) -> None:
+            assert registry.catalog.get("a").default.source == str(folder)
+
+        start(engine, tmp_path / "state", Declared([("a", str(folder))]), check)
+
+
 def test_a_refused_named_adapter_stops_the_start(engine, tmp_path):
     write_adapter(tmp_path / "a", "a")
     engine.bad_adapters = {"a": AdapterCorrupt("planted")}

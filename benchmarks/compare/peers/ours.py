@@ -14,7 +14,7 @@ NAME = "deltamux"
 def start(setup: Setup) -> Server:
     """``deltamux serve`` with all adapters; raises SystemFailed."""
     arguments = ["serve", str(setup.material.base), "--served-model-name", BASE]
-    arguments += ["--dtype", "bfloat16"]
+    arguments += ["--dtype", "bfloat16", "--state-dir", str(setup.material.folder / "state")]
     for name, folder in setup.material.adapters.items():
         arguments += ["--adapter", f"{name}={folder}"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
