@@ -227,8 +227,8 @@ def _penalize(row: Tensor, sequence: Sequence, stage: Stage) -> None:
 def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, nucleus_head: int) -> Drawn:
     """A token of each row: the largest logit, or at random."""
     # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
-    usable = logits.amax(-1).isfinite()
-    token_ids = logits.argmax(-1)
+    largest, token_ids = logits.max(-1)
+    usable = largest.isfinite()
     unsure = torch.zeros_like(usable)
     random = [row for row, each in enumerate(sequences) if _is_random(each.sampling)]
     if random:
