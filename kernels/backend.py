@@ -81,6 +81,7 @@ class Backend:
         pads_decode: Whether steps of one row a sequence may be padded by rows without a context,
             whose slot is -1.
         programs: Records steps of these operations, so that they can run again without Python.
+        leaves_out_rows: Whether recorded steps in bfloat16 do no work for rows they are padded by.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Backend:
     silu_mul: SiluMul
     pads_decode: bool = False
     programs: Programs | None = None
+    leaves_out_rows: bool = False
 
 
 def reference_backend() -> Backend:
@@ -125,10 +127,11 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         raise CompilerError("no C++ compiler found: install g++, or name one in CXX")
     library = _load(build_library(compiler, cache_dir))
     attention, norm = CompiledAttention(library), CompiledRMSNorm(library)
+    linear = CompiledLinear(library)
     return Backend(
         name="compiled",
         deltas=_compiled_deltas(library),
-        prepare_linear=CompiledLinear(library).prepare_linear,
+        prepare_linear=linear.prepare_linear,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention,
         rms_norm=norm.rms_norm,
@@ -136,6 +139,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         rotary=CompiledRotary(library).rotary,
         silu_mul=CompiledSiluMul(library).silu_mul,
         programs=Programs(library),
+        leaves_out_rows=linear.has_matrix_unit,
     )
 
 

@@ -48,7 +48,7 @@ class HugeMemory:
         if not size:
             return torch.empty(shape, dtype=dtype)
         if self._end + size > len(self._chunk):
-            self._chunk, self._end = _reserve(max(self._num_bytes, size)), 0
+            self._chunk, self._end = reserve(max(self._num_bytes, size)), 0
         memory = self._chunk[self._end : self._end + size]
         self._end += -(-size // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -58,8 +58,8 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _reserve(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Zeroed memory that begins a huge page."""
+def reserve(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Zeroed bytes of the host's, (size,), that begin a huge page."""
     mapping = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
         mapping.madvise(mmap.MADV_HUGEPAGE)

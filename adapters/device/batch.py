@@ -45,6 +45,11 @@ Place = Callable[[npt.NDArray[Any]], Tensor]
 """Brings an array to the device; it need not be there before kernels are launched."""
 
 
+NOT_RECORDED = frozenset({InputTransform, Spectral})
+"""What steps with prompts cannot be recorded with: it changes how many rows a product has, or
+prepares its table in every step."""
+
+
 class RowRange(NamedTuple):
     """Rows ``start .. end`` of a batch that one adapter slot corrects with one weight."""
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table
-from ..cpu.library import INT, POINTER, Kernels, Latest, Library, address, raise_if, require
+from ..cpu.library import INT, POINTER, ROWS, Kernels, Latest, Library, address, raise_if, require
 from ..tables import PrimitiveTable, Segments
 
-_ARGUMENTS = (POINTER, POINTER, POINTER, INT, INT, POINTER, INT, POINTER, INT)
+_ARGUMENTS = (POINTER, POINTER, POINTER, ROWS, INT, POINTER, INT, POINTER, INT)
 
 
 class CompiledBottleneck:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..tables import PrimitiveTable, Segments, SiteTargets
-from .library import INT, POINTER, Kernels, Latest, Library, address, raise_if, require
+from .library import INT, POINTER, ROWS, Kernels, Latest, Library, address, raise_if, require
 
-_ARGUMENTS = (POINTER, INT, POINTER, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT)
+_ARGUMENTS = (POINTER, INT, POINTER, INT, ROWS, INT, INT, POINTER, POINTER, POINTER, INT)
 
 
 class _Table(ctypes.Structure):

@@ -15,6 +15,11 @@ POINTER = ctypes.c_void_p
 INT = ctypes.c_int64
 FLOAT = ctypes.c_float
 
+
+class ROWS(ctypes.c_int64):
+    """An integer that is how many rows a step has: a recorded step can be made again for fewer."""
+
+
 DTYPES: Mapping[torch.dtype, str] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Element types there are kernels for, and what ends their names."""
 
@@ -41,8 +46,8 @@ class Latest(Generic[K, V]):
 class Recording(Protocol):
     """What keeps the C calls of a step while it is recorded; see ``program.py``."""
 
-    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> None:
-        """Keep one call."""
+    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> Sequence[Any]:
+        """Keep one call; what it is made with now."""
         ...
 
 
@@ -76,9 +81,9 @@ class Library:
         packed = ctypes.cast(self._functions[f"{name}_packed"], POINTER).value or 0
 
         def call(*args: Any) -> bytes | None:
-            if self.recorder is not None:
-                self.recorder.note(label or name, function, packed, args)
-            return function(*args)
+            if self.recorder is None:
+                return function(*args)
+            return function(*self.recorder.note(label or name, function, packed, args))
 
         return call
 

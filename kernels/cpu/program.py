@@ -7,6 +7,10 @@ So the calls of a step are kept as data (``program.h``), and one C function make
 
 What torch computes itself meanwhile is kept as well, and computed again into the same memory. Views
 need nothing. A step that reads a number of a tensor on its way cannot be recorded.
+
+A step may be recorded on tensors of more rows than it has, and then be made again for any number of
+rows up to that: kernels say which of their arguments is the number of rows. What they leave out has
+no meaning; what torch computes itself goes over all rows.
 """
 
 import ctypes
@@ -23,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .library import FLOAT, INT, POINTER, Kernel, Library, raise_if
+from ..memory import reserve
+from .library import FLOAT, INT, POINTER, ROWS, Kernel, Library, raise_if
 
 _ALIGNMENT = 64
 """Bytes; of a cache line."""
@@ -41,12 +46,16 @@ class NotRecordable(RuntimeError):
     """The step depends on numbers that it computes; the message names the operation."""
 
 
-class _Value(ctypes.Union):
-    _fields_ = (("integer", INT), ("number", ctypes.c_double))
-
-
 class _Call(ctypes.Structure):
     _fields_ = (("function", POINTER), ("values", POINTER))
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """How many rows a step has, and how many there are in the tensors it is laid out in."""
+
+    rows: int
+    laid_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +65,15 @@ class _Calls:
     Attributes:
         calls: Of ``_Call``.
         names: Of the operations.
+        values: (arguments of all calls,) int64: ``Value`` of ``program.h``.
+        rows_at: Which of them are the step's number of rows.
         kept: What the arguments' addresses are of.
     """
 
     calls: Any
     names: Sequence[str]
+    values: npt.NDArray[np.int64]
+    rows_at: npt.NDArray[np.int64]
     kept: Sequence[Any]
 
     def run(self, library: Library, report: Report | None) -> None:
@@ -104,14 +117,19 @@ class Program:
     result: Tensor
     report: Report | None
 
-    def replay(self) -> Tensor:
+    def replay(self, rows: int | None = None) -> Tensor:
         """The step again; the result lies where it lay, until any program of the arena runs.
+
+        Args:
+            rows: Of the step, where it was recorded as padded.
 
         Raises:
             IndexError: What an operation found wrong in its index tables.
         """
         for part in self.parts:
             if isinstance(part, _Calls):
+                if rows is not None:
+                    part.values[part.rows_at] = rows
                 part.run(self.library, self.report)
             else:
                 part.run()
@@ -150,26 +168,26 @@ class Arena:
         rounded = -(-size // _ALIGNMENT) * _ALIGNMENT
         while self._chunk < len(self._chunks):
             chunk = self._chunks[self._chunk]
-            start = max(self._end, -chunk.ctypes.data % _ALIGNMENT)
+            start = self._end
             if start + rounded <= len(chunk):
                 self._end = start + rounded
                 return chunk[start : self._end]
             self._chunk, self._end = self._chunk + 1, 0
-        self._chunks.append(np.empty(max(_CHUNK, rounded + _ALIGNMENT), np.uint8))
+        self._chunks.append(reserve(max(_CHUNK, rounded)))
         return self._take(size)
 
 
 class Recorder(TorchDispatchMode):
     """Keeps what is computed while it is entered, as the parts of a program."""
 
-    def __init__(self, library: Library, arena: Arena) -> None:
+    def __init__(self, library: Library, arena: Arena, padded: Padded | None) -> None:
         """Record the library's calls; what is allocated lies in the arena."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._library = library
         self._arena = arena
+        self._padded = padded
         self.parts: list[_Calls | _TorchCall] = []
-        self._calls: list[tuple[str, int, Any]] = []
-        self._kept: list[Any] = []
+        self._begin_calls()
 
     def __enter__(self) -> "Recorder":
         """Begin."""
@@ -183,16 +201,28 @@ class Recorder(TorchDispatchMode):
         self._library.recorder = None
         self._end_calls()
 
-    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> None:
-        """Keep a C call; ``packed`` is the address of what takes its arguments as data."""
-        types = function.argtypes  # type: ignore[attr-defined]  # ctypes' own
-        values = (_Value * len(args))()
-        for value, kind, arg in zip(values, types, args, strict=True):
-            if kind is FLOAT:
-                value.number = arg
-            else:
-                value.integer = self._integer(arg)
-        self._calls.append((name, packed, values))
+    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> Sequence[Any]:
+        """Keep a C call; ``packed`` is the address of what takes its arguments as data.
+
+        Returns:
+            The arguments, of a padded step with its number of rows.
+
+        Raises:
+            NotRecordable: The call goes over another number of rows than the step is padded to.
+        """
+        types: Sequence[Any] = function.argtypes  # type: ignore[attr-defined]  # ctypes' own
+        made_with = list(args)
+        self._calls.append((name, packed, len(self._values)))
+        for index, (kind, arg) in enumerate(zip(types, args, strict=True)):
+            if kind is ROWS and self._padded is not None:
+                if arg != self._padded.laid_out:
+                    raise NotRecordable(f"{name} has {arg} rows in a step of {self._padded}")
+                self._rows_at.append(len(self._values))
+                made_with[index] = self._padded.rows
+            self._values.append(_as_value(kind, made_with[index]))
+            if not isinstance(arg, int | float | None):
+                self._kept.append(arg)
+        return made_with
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -220,23 +250,24 @@ class Recorder(TorchDispatchMode):
         self._kept.append(placed)
         return placed
 
-    def _integer(self, arg: Any) -> int:
-        if isinstance(arg, int):
-            return arg
-        if arg is None:
-            return 0
-        self._kept.append(arg)
-        return ctypes.addressof(arg._obj)
+    def _begin_calls(self) -> None:
+        self._calls: list[tuple[str, int, int]] = []
+        """Name, address and place of the first argument of each."""
+        self._values: list[int] = []
+        self._rows_at: list[int] = []
+        self._kept: list[Any] = []
 
     def _end_calls(self) -> None:
-        if not self._calls:
-            return
-        calls = (_Call * len(self._calls))(
-            *(_Call(packed, ctypes.addressof(values)) for _, packed, values in self._calls)
-        )
-        kept = [*self._kept, *(values for _, _, values in self._calls)]
-        self.parts.append(_Calls(calls, [name for name, _, _ in self._calls], kept))
-        self._calls, self._kept = [], []
+        if self._calls:
+            values = np.array(self._values, dtype=np.int64)
+            first = values.ctypes.data
+            calls = (_Call * len(self._calls))(
+                *(_Call(packed, first + values.itemsize * at) for _, packed, at in self._calls)
+            )
+            names = [name for name, _, _ in self._calls]
+            rows_at = np.array(self._rows_at, dtype=np.int64)
+            self.parts.append(_Calls(calls, names, values, rows_at, self._kept))
+        self._begin_calls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +290,31 @@ class Programs:
         Raises:
             NotRecordable: It looks at numbers on its way.
         """
+        return self.record(compute).replay
+
+    def record(self, compute: Callable[[], Tensor], padded: Padded | None = None) -> Program:
+        """Run the step once, and return it as a program, which has its result.
+
+        Args:
+            compute: The step.
+            padded: Its rows, where the tensors that it reads have more.
+
+        Raises:
+            NotRecordable: It looks at numbers on its way, or not all of it is padded alike.
+        """
         self.arena.reset()
-        with Recorder(self.library, self.arena) as recorder:
+        with Recorder(self.library, self.arena, padded) as recorder:
             result = compute()
-        return Program(self.library, recorder.parts, result, self.report).replay
+        return Program(self.library, recorder.parts, result, self.report)
+
+
+def _as_value(kind: Any, arg: Any) -> int:
+    """An argument's 64 bits: of a float they are a double's, of a reference its address."""
+    if kind is FLOAT:
+        return int(np.float64(arg).view(np.int64))
+    if arg is None or isinstance(arg, int):
+        return int(arg or 0)
+    return ctypes.addressof(arg._obj)
 
 
 def _is_view(result: Any, args: Sequence[Any]) -> bool:

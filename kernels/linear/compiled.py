@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cpu.library import INT, POINTER, Kernel, Library, raise_if, require
+from ..cpu.library import INT, POINTER, ROWS, Kernel, Library, raise_if, require
 from ..memory import HugeMemory
 from .op import LinearOp
 from .packed import prepare_linear as prepare_packed
 
-_ARGUMENTS = (POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, INT)
+_ARGUMENTS = (POINTER, POINTER, INT, ROWS, INT, INT, POINTER, POINTER, INT)
 
 _WEIGHT_BYTES = 1 << 26
 """Reserved at a time for packed weights; what is not used is not touched."""

@@ -6,11 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
+from ..cpu.library import (
+    FLOAT,
+    INT,
+    POINTER,
+    ROWS,
+    Kernels,
+    Latest,
+    Library,
+    address,
+    raise_if,
+    require,
+)
 from .op import PagedBatch, blocks_are_dense
 
-_WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT)
-_ATTEND_ARGUMENTS = (POINTER, *(INT,) * 4, POINTER, POINTER, POINTER, FLOAT, INT, INT)
+_WRITE_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, ROWS, INT)
+_ATTEND_ARGUMENTS = (POINTER, INT, INT, ROWS, INT, POINTER, POINTER, POINTER, FLOAT, INT, INT)
 
 _UNLIMITED = 2**62  # keys; no context is longer, and positions minus it stay in 64 bits
 

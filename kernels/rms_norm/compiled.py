@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, Library, require
+from ..cpu.library import FLOAT, INT, POINTER, ROWS, Kernels, Library, require
 
-_NORM_ARGUMENTS = (POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, FLOAT, INT)
-_ADD_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, INT, INT, FLOAT, INT)
+_NORM_ARGUMENTS = (POINTER, INT, INT, POINTER, POINTER, ROWS, INT, INT, FLOAT, INT)
+_ADD_ARGUMENTS = (POINTER, INT, POINTER, INT, POINTER, POINTER, ROWS, INT, FLOAT, INT)
 
 
 class CompiledRMSNorm:

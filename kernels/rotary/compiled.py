@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..cpu.library import INT, POINTER, Kernels, Library, require
+from ..cpu.library import INT, POINTER, ROWS, Kernels, Library, require
 
-_ARGUMENTS = (POINTER, INT, INT, POINTER, INT, POINTER, INT, INT, INT, INT, INT)
+_ARGUMENTS = (POINTER, INT, INT, POINTER, INT, POINTER, INT, ROWS, INT, INT, INT)
 
 
 class CompiledRotary:

@@ -4,10 +4,21 @@ import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table
-from ..cpu.library import FLOAT, INT, POINTER, Kernels, Latest, Library, address, raise_if, require
+from ..cpu.library import (
+    FLOAT,
+    INT,
+    POINTER,
+    ROWS,
+    Kernels,
+    Latest,
+    Library,
+    address,
+    raise_if,
+    require,
+)
 from ..tables import PrimitiveTable, Segments
 
-_ARGUMENTS = (POINTER, POINTER, *(INT,) * 5, FLOAT, POINTER, INT, POINTER, INT)
+_ARGUMENTS = (POINTER, POINTER, INT, ROWS, *(INT,) * 3, FLOAT, POINTER, INT, POINTER, INT)
 
 
 class CompiledSideAttention:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..cpu.library import INT, POINTER, Kernels, Library, require
+from ..cpu.library import INT, POINTER, ROWS, Kernels, Library, require
 
-_ARGUMENTS = (POINTER, INT, POINTER, INT, INT, INT)
+_ARGUMENTS = (POINTER, INT, POINTER, ROWS, INT, INT)
 
 
 class CompiledSiluMul:

@@ -20,7 +20,7 @@ from ..composition import Room
 from ..grammar.vocabulary import Vocabulary, VocabularySource
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
-from ..runner.graphs import CudaCapture, StepGraphs, decode_buckets
+from ..runner.graphs import CudaCapture, PromptPrograms, StepGraphs, decode_buckets
 from ..runner.runner import Runner
 from ..runner.stage import make_stage
 from ..scheduler.block_manager import BlockManager
@@ -133,6 +133,7 @@ def build_parts(
         make_stage(device, _stage_bytes(limits, config.block_size)),
         _buckets(config, backend),
         _graphs(config, decoder, backend),
+        _prompts(limits, dtype, backend),
     )
     scheduler = Scheduler(limits, blocks, residency)
     info = _info(config, decoder, backend, limits, pages, room, pin_room)
@@ -163,6 +164,14 @@ def _graphs(config: EngineConfig, decoder: Decoder, backend: Backend) -> StepGra
         return None
     most = decode_buckets(config.max_num_seqs)[-1]
     return StepGraphs(CudaCapture(most, decoder.config.vocab_size, device))
+
+
+def _prompts(
+    limits: SchedulerLimits, dtype: torch.dtype, backend: Backend
+) -> PromptPrograms | None:
+    if backend.programs is None or not backend.leaves_out_rows or dtype is not torch.bfloat16:
+        return None
+    return PromptPrograms(backend.programs, limits.max_num_batched_tokens)
 
 
 def _vocabulary(config: EngineConfig, vocab_size: int) -> Vocabulary:

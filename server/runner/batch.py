@@ -37,6 +37,36 @@ Passes = list[list[RowRange]]
 
 
 @dataclass(frozen=True, slots=True)
+class Buckets:
+    """What steps are padded to, so that they can be captured; ascending numbers.
+
+    Attributes:
+        decode: Rows of a step of one token of every sequence, all of which choose.
+        prompts: Rows of other steps.
+        records: Whether what an adapter slot holds can be part of such a step.
+    """
+
+    decode: Sequence[int] = ()
+    prompts: Sequence[int] = ()
+    records: Callable[[int], bool] = lambda _: False
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What one step is padded to.
+
+    Attributes:
+        rows: In all.
+        sequences: In all.
+        decodes: Whether every row is a token of a sequence that chooses, or is padding.
+    """
+
+    rows: int
+    sequences: int
+    decodes: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step's rows, ordered so that the rows of each adapter lie together.
 
@@ -48,8 +78,9 @@ class StepBatch:
         positions: (rows,) int64.
         paged: Per layer, where rows lie in the KV cache.
         passes: The rows' adapters.
-        sample_rows: (n,) int64, the last row of each that samples; none of a padded step.
-        bucket: Rows, where the step is padded to one of a few numbers of them, else None.
+        sample_rows: (n,) int64, the last row of each that samples; none where all do.
+        num_rows: Those that are no padding.
+        padding: What the step is padded to, if it is one that is captured.
     """
 
     scheduled: Sequence[ScheduledSequence]
@@ -60,12 +91,26 @@ class StepBatch:
     paged: Sequence[PagedBatch]
     passes: Passes
     sample_rows: Tensor
-    bucket: int | None
+    num_rows: int
+    padding: Padding | None
+
+    @property
+    def bucket(self) -> int | None:
+        """Rows that the step is padded to."""
+        return None if self.padding is None else self.padding.rows
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is padded, and all of its rows choose."""
+        return self.padding is not None and self.padding.decodes
 
     @property
     def shape(self) -> Hashable:
         """What a captured step depends on, its adapters aside."""
-        return self.bucket, self.paged[0].block_tables.shape[1]
+        return self.padding, self.paged[0].block_tables.shape[1]
+
+
+_NO_BUCKETS = Buckets()
 
 
 def build_batch(
@@ -74,7 +119,7 @@ def build_batch(
     num_layers: int,
     block_size: int,
     place: Place,
-    buckets: Sequence[int] = (),
+    buckets: Buckets = _NO_BUCKETS,
 ) -> StepBatch:
     """The tensors of one step.
 
@@ -84,8 +129,8 @@ def build_batch(
         num_layers: Of the base.
         block_size: Tokens of a KV block.
         place: Brings an array to the device.
-        buckets: Ascending numbers of rows to which decode steps are padded. A padding row has no
-            context, its slot is -1, and it lies behind the others.
+        buckets: What it may be padded to. A padding row has no context, its slot is -1, and it lies
+            behind the others. It is a sequence of its own in decode steps, and of none in others.
     """
     corrections, scheduled = _ordered(plan, find_adapter)
     starts = [each.start for each in scheduled]
@@ -99,39 +144,59 @@ def build_batch(
     )
     sampling = [index for index, each in enumerate(scheduled) if each.samples]
     passes = passes_of(zip(corrections, starts, ends, first_rows, strict=True))
-    bucket = _bucket(scheduled, prefixes, passes, buckets)
-    padding = 0 if bucket is None else bucket - len(rows.indices)
+    padding = _padding(scheduled, prefixes, passes, len(rows.indices), buckets)
+    missing = 0 if padding is None else padding.rows - len(rows.indices)
     token_ids = np.fromiter(tokens, np.int64, len(rows.indices))
     positions = rows.indices + prefixes.offsets[rows.sequence]
     return StepBatch(
         scheduled=scheduled,
         corrections=corrections,
         first_rows=first_rows,
-        token_ids=place(np.pad(token_ids, (0, padding))),
-        positions=place(np.pad(positions, (0, padding))),
-        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, bucket),
+        token_ids=place(np.pad(token_ids, (0, missing))),
+        positions=place(np.pad(positions, (0, missing))),
+        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, padding),
         passes=passes,
-        # Every row of a padded step samples; what is placed for it must not depend on how many.
-        sample_rows=place(rows.bounds[1:][sampling if bucket is None else []] - 1),
-        bucket=bucket,
+        sample_rows=_sample_rows(rows.bounds[1:][sampling] - 1, place, padding),
+        num_rows=len(rows.indices),
+        padding=padding,
     )
 
 
-def _bucket(
+def _padding(
     scheduled: Sequence[ScheduledSequence],
     prefixes: "_Prefixes",
     passes: Passes,
-    buckets: Sequence[int],
-) -> int | None:
-    """The least that holds the step, if it is one that is captured: a token of every sequence.
+    num_rows: int,
+    buckets: Buckets,
+) -> Padding | None:
+    """The least that holds the step, if it is one that is captured.
 
     Not captured are steps in which a row has several adapters, or a prefix is of some layers only.
     """
     if len(passes) > 1 or not prefixes.in_all_layers:
         return None
-    if any(each.num_tokens != 1 or not each.samples for each in scheduled):
+    if all(each.num_tokens == 1 and each.samples for each in scheduled):
+        decode = _least(len(scheduled), buckets.decode)
+        return None if decode is None else Padding(decode, decode, decodes=True)
+    prompt = _least(num_rows, buckets.prompts)
+    sequences = _least(len(scheduled), buckets.decode[-1:])
+    slots = {each.slot for ranges in passes for each in ranges}
+    if prompt is None or sequences is None or not all(map(buckets.records, slots)):
         return None
-    return next((bucket for bucket in buckets if bucket >= len(scheduled)), None)
+    return Padding(prompt, sequences, decodes=False)
+
+
+def _least(number: int, buckets: Sequence[int]) -> int | None:
+    return next((bucket for bucket in buckets if bucket >= number), None)
+
+
+def _sample_rows(sampling: _Ints, place: Place, padding: Padding | None) -> Tensor:
+    """Of a padded step, what is placed for it must not depend on how many they are."""
+    if padding is None:
+        return place(sampling)
+    if padding.decodes:
+        return place(sampling[:0])
+    return place(np.pad(sampling, (0, padding.sequences - len(sampling))))[: len(sampling)]
 
 
 def passes_of(spans: Iterable[RowSpan]) -> Passes:
@@ -239,7 +304,7 @@ def _paged(
     num_layers: int,
     block_size: int,
     place: Place,
-    bucket: int | None,
+    padding: Padding | None,
 ) -> Sequence[PagedBatch]:
     """A sequence's keys are those of its prefix, which ends with a block, and then its tokens'."""
     # Block j of a table holds the keys j * block_size and on.
@@ -251,18 +316,19 @@ def _paged(
     keys = rows.indices + prefixes.before[rows.sequence]
     blocks = padded[rows.sequence, keys // block_size].astype(np.int64)
     slots = blocks * block_size + keys % block_size
-    padding = 0 if bucket is None else bucket - len(scheduled)
-    if bucket is not None:
-        padded = _widened(padded, bucket)
+    missing = missing_rows = 0
+    if padding is not None:
+        missing = padding.sequences - len(scheduled)
+        missing_rows = padding.rows - len(slots)
+        padded = _widened(padded, padding.sequences)
+    each = 1 if padding is not None and padding.decodes else 0
+    bounds = np.append(rows.bounds, rows.bounds[-1] + each * np.arange(1, missing + 1))
     batch = PagedBatch(
-        # Each padding row is a sequence of its own.
-        cu_seqlens_q=place(
-            np.append(rows.bounds, rows.bounds[-1] + 1 + np.arange(padding)).astype(np.int32)
-        ),
-        context_starts=place(np.pad(prefixes.starts, (0, padding)).astype(np.int32)),
-        context_lens=place(np.pad(context_lens, (0, padding)).astype(np.int32)),
+        cu_seqlens_q=place(bounds.astype(np.int32)),
+        context_starts=place(np.pad(prefixes.starts, (0, missing)).astype(np.int32)),
+        context_lens=place(np.pad(context_lens, (0, missing)).astype(np.int32)),
         block_tables=place(padded),
-        slot_mapping=place(np.pad(slots, (0, padding), constant_values=-1)),
+        slot_mapping=place(np.pad(slots, (0, missing_rows), constant_values=-1)),
         max_seqlen_q=int(np.diff(rows.bounds).max()),
         max_context_len=padded.shape[1] * block_size,
     )
@@ -280,10 +346,10 @@ def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int3
     return padded
 
 
-def _widened(tables: npt.NDArray[np.int32], bucket: int) -> npt.NDArray[np.int32]:
-    """A row for each of the bucket's, and as many columns as the next power of two."""
+def _widened(tables: npt.NDArray[np.int32], sequences: int) -> npt.NDArray[np.int32]:
+    """A row for each of so many sequences, and as many columns as the next power of two."""
     columns = 1 << (tables.shape[1] - 1).bit_length()
-    return np.pad(tables, ((0, bucket - len(tables)), (0, columns - tables.shape[1])))
+    return np.pad(tables, ((0, sequences - len(tables)), (0, columns - tables.shape[1])))
 
 
 def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes, place: Place) -> PagedBatch:

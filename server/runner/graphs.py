@@ -7,15 +7,20 @@ addresses that do not change: weights, caches, the adapters' pool and tables, an
 the stage lays there. So what was launched once for a bucket can be replayed for every later step of
 the same shape. A shape's first step runs as it is, which compiles a GPU's kernels; the second is
 captured. Steps of base rows alone have graphs of their own, without a trace of adapters.
+
+On a CPU with a matrix unit, steps with prompts are programs as well. They are laid out for a power
+of two of rows and computed for as many as there are.
 """
 
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from ...kernels.cpu.program import Padded, Program, Programs
 
 _MAX_GRAPHS = 128
 """Kept at once; the least recently used goes first."""
@@ -30,6 +35,10 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return sizes[: bisect_left(sizes, max_num_seqs) + 1]
 
 
+_LEAST_PROMPT_ROWS = 16
+
+G = TypeVar("G")
+
 Replay = Callable[[], Tensor]
 """Runs a captured step on what lies in its places now; the next step overwrites the result."""
 
@@ -42,8 +51,29 @@ class Capture(Protocol):
         ...
 
 
+class _Kept(Generic[G]):
+    """The captured steps that were used last, by shape."""
+
+    def __init__(self) -> None:
+        """Nothing is captured."""
+        self._by_shape: OrderedDict[Hashable, G] = OrderedDict()
+
+    def find(self, shape: Hashable) -> G | None:
+        """That of the shape, which is used now."""
+        found = self._by_shape.get(shape)
+        if found is not None:
+            self._by_shape.move_to_end(shape)
+        return found
+
+    def keep(self, shape: Hashable, graph: G) -> None:
+        """Keep one, in the place of what was not used for longest."""
+        self._by_shape[shape] = graph
+        if len(self._by_shape) > _MAX_GRAPHS:
+            self._by_shape.popitem(last=False)
+
+
 class StepGraphs:
-    """The captured steps of one runner.
+    """The captured decode steps of one runner.
 
     Args:
         capture: How one is captured.
@@ -52,7 +82,7 @@ class StepGraphs:
     def __init__(self, capture: Capture) -> None:
         """Nothing is captured."""
         self._capture = capture
-        self._graphs: OrderedDict[Hashable, Replay] = OrderedDict()
+        self._kept: _Kept[Replay] = _Kept()
         self._seen: set[Hashable] = set()
 
     def run(self, shape: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -63,14 +93,13 @@ class StepGraphs:
             compute: Launches the step on tensors that lie where those of its shape always do, and
                 returns its result, which the next step overwrites.
         """
-        replay = self._graphs.get(shape)
+        replay = self._kept.find(shape)
         if replay is None:
             if shape not in self._seen:
                 self._remember(shape)
                 return compute()
             replay = self._capture.capture(compute)
-            self._keep(shape, replay)
-        self._graphs.move_to_end(shape)
+            self._kept.keep(shape, replay)
         return replay()
 
     def _remember(self, shape: Hashable) -> None:
@@ -78,10 +107,42 @@ class StepGraphs:
             self._seen.clear()
         self._seen.add(shape)
 
-    def _keep(self, shape: Hashable, replay: Replay) -> None:
-        self._graphs[shape] = replay
-        if len(self._graphs) > _MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+
+class PromptPrograms:
+    """The recorded steps with prompts of one runner.
+
+    Args:
+        programs: Records them; of kernels that leave out the rows a step is padded by.
+        max_rows: Of a step.
+    """
+
+    def __init__(self, programs: Programs, max_rows: int) -> None:
+        """Nothing is recorded."""
+        doubled = range(_LEAST_PROMPT_ROWS.bit_length() - 1, (max_rows - 1).bit_length())
+        self.buckets = (*(1 << power for power in doubled), max_rows)
+        """Ascending numbers of rows that steps are laid out for."""
+        self._programs = programs
+        self._kept: _Kept[Program] = _Kept()
+
+    def run(self, shape: Hashable, compute: Callable[[], Tensor], padded: Padded) -> Tensor:
+        """What ``compute`` gives, replayed where a step of this shape was recorded.
+
+        Args:
+            shape: Equal for steps that differ in their number of rows alone.
+            compute: The step over all rows that it is laid out for, as ``StepGraphs.run`` has it.
+            padded: Rows that there are, and that it is laid out for; the others have no meaning in
+                the result.
+        """
+        program = self._kept.find(shape)
+        if program is not None:
+            return program.replay(padded.rows)
+        program = self._programs.record(compute, padded)
+        self._kept.keep(shape, program)
+        return program.result
+
+    def run_once(self, compute: Callable[[], Tensor], padded: Padded) -> Tensor:
+        """As ``run``, for a step whose arrays lie elsewhere than those of other steps."""
+        return self._programs.record(compute, padded).result
 
 
 class CudaCapture:

@@ -6,22 +6,24 @@ the choice of tokens are launched, without waiting for either; then the chosen t
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...adapters.device.batch import AdapterBatch, make_batch
+from ...adapters.device.batch import NOT_RECORDED, AdapterBatch, make_batch
 from ...adapters.device.pool import AdapterPool
 from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import DeltaOps
+from ...kernels.cpu.program import Padded
 from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
 from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
 from ..scheduler.sequence import Sequence as RunningSequence
-from .batch import FindAdapter, RowSpan, StepBatch, build_batch, passes_of
-from .graphs import StepGraphs
+from .batch import Buckets, FindAdapter, RowSpan, StepBatch, build_batch, passes_of
+from .graphs import PromptPrograms, StepGraphs
 from .prefix import load_prefix
 from .reports import report_logprobs
 from .sampler import Choice, Sampled, read_choices, start_sampling
@@ -67,7 +69,7 @@ class StepOutputs:
     """What the model computes.
 
     Attributes:
-        hidden: (rows, hidden), None where the step is padded and all of its rows choose.
+        hidden: (rows, hidden), None where the step is captured and all of its rows choose.
         logits: (n, vocab) float32, of the sequences that choose; None where none does.
     """
 
@@ -89,6 +91,7 @@ class Runner:
         stage: Stage,
         buckets: Sequence[int] = (),
         graphs: StepGraphs | None = None,
+        prompts: PromptPrograms | None = None,
     ) -> None:
         """Run ``decoder`` over ``kv_cache``.
 
@@ -102,6 +105,7 @@ class Runner:
             stage: The way to the device.
             buckets: Numbers of rows that decode steps are padded to; empty where none is captured.
             graphs: Where these steps are captured and replayed.
+            prompts: Where other steps are.
         """
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -110,8 +114,9 @@ class Runner:
         self._find_adapter = find_adapter
         self._lowered = lowered
         self._stage = stage
-        self._buckets = buckets
+        self._buckets = Buckets(buckets, prompts.buckets if prompts else (), self._records)
         self._graphs = graphs
+        self._prompts = prompts
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SequenceResult]:
@@ -132,7 +137,9 @@ class Runner:
             self._buckets,
         )
         deltas = make_batch(self._pool, self._ops, batch.passes, self._stage.place, batch.bucket)
-        head_deltas = self._head_deltas(_sampling_spans(batch), batch.bucket)
+        head_deltas = self._head_deltas(
+            _sampling_spans(batch), batch.bucket if batch.decodes else None
+        )
         sampling = [item.sequence for item in batch.scheduled if item.samples]
         self._pool.wait_for_copies()
         for load in plan.prefix_loads:
@@ -143,9 +150,9 @@ class Runner:
 
     def compute(self, inputs: StepInputs) -> StepOutputs:
         """Launch the model; nothing here waits for the device."""
-        if inputs.batch.bucket is not None:
+        if inputs.batch.decodes:
             return StepOutputs(None, self._padded_logits(inputs)[: len(inputs.sampling)])
-        hidden = self._forward(inputs)
+        hidden = self._hidden(inputs)
         if not inputs.sampling:
             return StepOutputs(hidden, None)
         rows = hidden[inputs.batch.sample_rows]
@@ -184,6 +191,20 @@ class Runner:
         return self._decoder.forward(
             batch.token_ids, batch.positions, self._kv_cache, batch.paged, inputs.deltas
         )
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        """(rows, hidden), and of a captured step rows of no meaning behind these."""
+        batch = inputs.batch
+        if batch.bucket is None or self._prompts is None:
+            return self._forward(inputs)
+        compute, padded = partial(self._forward, inputs), Padded(batch.num_rows, batch.bucket)
+        if self._stage.overflowed:
+            return self._prompts.run_once(compute, padded)
+        deltas = inputs.deltas and inputs.deltas.shape
+        return self._prompts.run((batch.shape, deltas), compute, padded)
+
+    def _records(self, slot: int) -> bool:
+        return NOT_RECORDED.isdisjoint(self._pool.types_in(slot))
 
     def _padded_logits(self, inputs: StepInputs) -> Tensor:
         """(bucket, vocab): every row of a padded step chooses, or is padding."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltamux.kernels.backend import Backend
-from deltamux.kernels.cpu.program import Arena, NotRecordable, Programs
+from deltamux.kernels.cpu.program import Arena, NotRecordable, Padded, Programs
 
 from .compare import same_bits
 
@@ -84,6 +84,41 @@ def test_recorded_steps_share_their_memory_and_not_their_results(
         expected = compute()
         for replay, wanted in zip(replays, (expected, expected[:3] * 2), strict=True):
             assert same_bits(replay(), wanted)
+
+
+@pytest.fixture
+def padded_step(compiled: Backend, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Tensor]:
+    """Kernels and torch's operations over 8 rows, and their input."""
+    x, norm = torch.randn(8, 48).to(dtype), torch.randn(48).to(dtype)
+
+    def compute() -> Tensor:
+        residual = x.clone()
+        y = compiled.add_rms_norm(residual, residual, norm, 1e-5)
+        return compiled.silu_mul(y * 2)
+
+    return compute, x
+
+
+def test_a_padded_step_is_made_again_for_any_number_of_rows(
+    padded_step: tuple[Callable[[], Tensor], Tensor], programs: Programs
+) -> None:
+    compute, x = padded_step
+    expected = compute()
+    program = programs.record(compute, Padded(3, 8))
+    assert same_bits(program.result[:3], expected[:3])
+    for rows in (8, 1, 5):
+        x += 1
+        expected = compute()
+        program.result.fill_(7.0)
+        assert same_bits(program.replay(rows)[:rows], expected[:rows])
+        assert (program.result[rows:] == 7.0).all(), "left out"
+
+
+def test_a_padded_step_is_padded_everywhere(
+    padded_step: tuple[Callable[[], Tensor], Tensor], programs: Programs
+) -> None:
+    with pytest.raises(NotRecordable, match="8 rows"):
+        programs.record(padded_step[0], Padded(3, 16))
 
 
 def test_each_call_is_reported_under_its_name(

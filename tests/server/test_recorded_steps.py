@@ -1,4 +1,4 @@
-"""Decode steps that were recorded give what the same steps give unrecorded, to the last bit."""
+"""Steps that were recorded give what the same steps give unrecorded, to the last bit."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from deltamux.benchmarks.make_adapters import linear_modules, random_lora, write_adapter
+from deltamux.kernels.backend import compiled_backend
+from deltamux.kernels.cpu.program import Program
 from deltamux.server.generation import AdapterWeight
 
 from .harness import EngineHarness, engine_config, make_request
@@ -45,6 +47,25 @@ def outputs(model: Path, loras: Mapping[int, Path], dtype: str) -> dict[str, obj
         engine.close()
 
 
+def test_steps_with_prompts_are_made_again_for_other_numbers_of_rows(
+    tiny_model: Callable[..., Path],
+    loras: Mapping[int, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not compiled_backend().leaves_out_rows:
+        pytest.skip("only products on a matrix unit leave rows out")
+    seen: list[int | None] = []
+    replay = Program.replay
+
+    def watched(program: Program, rows: int | None = None) -> torch.Tensor:
+        seen.append(rows)
+        return replay(program, rows)
+
+    monkeypatch.setattr(Program, "replay", watched)
+    outputs(tiny_model("llama"), loras, "bfloat16")
+    assert len({rows for rows in seen if rows is not None}) > 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recorded_steps_give_the_same_bits(
     tiny_model: Callable[..., Path],
@@ -54,5 +75,6 @@ def test_recorded_steps_give_the_same_bits(
 ) -> None:
     recorded = outputs(tiny_model("llama"), loras, dtype)
     monkeypatch.setattr("deltamux.server.engine.build._graphs", lambda *_: None)
+    monkeypatch.setattr("deltamux.server.engine.build._prompts", lambda *_: None)
     assert recorded == outputs(tiny_model("llama"), loras, dtype)
     assert len(recorded) == 12
