@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..memory import reserve
-from .library import FLOAT, INT, POINTER, ROWS, Kernel, Library, raise_if
+from .library import FLOAT, POINTER, ROWS, Kernel, Library, raise_if
 
 _ALIGNMENT = 64
 """Bytes; of a cache line."""
