@@ -41,14 +41,22 @@ def children_of(pid: int) -> list[int]:
     ]
 
 
-def engine_of(pid: int) -> int:
-    """Process id of a server's engine: multiprocessing started it, and it is not the judge."""
-    [engine] = [
+def engines_of(pid: int) -> list[int]:
+    """Process ids of a server's engines: multiprocessing started them, and they are not the judge.
+
+    For a moment after one was killed there is none.
+    """
+    return [
         child
         for child in children_of(pid)
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
         and Path(f"/proc/{child}/comm").read_text().strip() != PROCESS_NAME
     ]
+
+
+def engine_of(pid: int) -> int:
+    """Process id of a server's only engine."""
+    [engine] = engines_of(pid)
     return engine
 
 

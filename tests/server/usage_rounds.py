@@ -33,7 +33,7 @@ from deltamux.server.tenants.tenant import Role, Tenant
 
 from ..tiny_models import make_tiny
 from .fake_engine import byte_level_tokenizer, serving
-from .running import engine_of, running_server
+from .running import engine_of, engines_of, engines_of, running_server
 from .siege import eventually
 
 CLIENTS = 6
@@ -305,7 +305,13 @@ def kill_engine(rounds: Rounds, target: Target) -> None:
 
 def replaced(target: Target) -> Target:
     """The same server once it has another engine."""
-    eventually(lambda: httpx.get(f"{target.url}/ready").status_code == 200, seconds=60)
+
+    def another() -> bool:
+        ready = httpx.get(f"{target.url}/ready").status_code == 200
+        engines = engines_of(target.http)
+        return ready and len(engines) == 1 and engines != [target.engine]
+
+    eventually(another, seconds=60)
     return Target(target.url, target.http, engine_of(target.http))
 
 
