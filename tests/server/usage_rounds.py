@@ -33,7 +33,7 @@ from deltamux.server.tenants.tenant import Role, Tenant
 
 from ..tiny_models import make_tiny
 from .fake_engine import byte_level_tokenizer, serving
-from .running import engine_of, engines_of, engines_of, running_server
+from .running import engine_of, engines_of, running_server
 from .siege import eventually
 
 CLIENTS = 6
