@@ -5,7 +5,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
+extern "C" int omp_get_thread_num();
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // Runs worker() once on each of `threads` threads and waits for all.
@@ -16,11 +18,42 @@ void run_parallel(int64_t threads, Worker worker) {
                   static_cast<unsigned>(threads), 0);
 }
 
-// Calls body(task) for every task below `tasks`, each thread taking the next one as it gets free.
+// Tasks that threads share. Each begins with a range of its own, the same in every call of that many
+// tasks, because what it wrote last lies in its own cache; whoever is done first helps the others.
+class Tasks {
+  public:
+    Tasks(int64_t tasks, int64_t threads) : ranges(new Range[threads > 1 ? threads : 1]) {
+        count = threads > 1 ? threads : 1;
+        for (int64_t i = 0; i < count; ++i) {
+            ranges[i].next.store(tasks * i / count, std::memory_order_relaxed);
+            ranges[i].end = tasks * (i + 1) / count;
+        }
+    }
+
+    // Calls body(task) for the running thread's tasks, until none is left of any.
+    template <class Body>
+    void each(Body body) {
+        const int64_t own = omp_get_thread_num();
+        for (int64_t i = 0; i < count; ++i) {
+            Range& range = ranges[(own + i) % count];
+            for (int64_t task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+                body(task);
+        }
+    }
+
+  private:
+    struct alignas(64) Range {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    std::unique_ptr<Range[]> ranges;
+    int64_t count;
+};
+
+// Calls body(task) for every task below `tasks`.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t threads, Body body) {
-    std::atomic<int64_t> next{0};
-    run_parallel(tasks > 1 ? threads : 1, [&] {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
-    });
+    const int64_t usable = tasks > 1 ? threads : 1;
+    Tasks shared(tasks, usable);
+    run_parallel(usable, [&] { shared.each(body); });
 }

@@ -148,13 +148,14 @@ const char* for_each_cell(const Table& table, int64_t place, const Segments& seg
 template <class Unit, class Compute>
 const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t threads,
                       Compute compute) {
-    std::atomic<int64_t> next{0};
     std::atomic<const char*> found{nullptr};
     const int64_t count = static_cast<int64_t>(units.size());
+    Tasks tasks(count, threads);
     run_parallel(count > 1 ? threads : 1, [&] {
         const std::unique_ptr<float[]> own(new float[scratch]);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+        tasks.each([&](int64_t i) {
             if (const char* error = compute(units[i], own.get())) found = error;
+        });
     });
     return found;
 }

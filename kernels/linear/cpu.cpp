@@ -32,6 +32,7 @@ void pack(const bfloat16* weight, const Shape& shape, bfloat16* packed) {
 
 // Tiles 0 .. 3 are sums, 4 and 5 of x, 6 and 7 of W.
 constexpr int64_t BLOCK_ROWS = 2 * TILE_ROWS, BLOCK_OUTS = 2 * TILE_OUTS;
+constexpr int64_t PART_ROWS = 128;  // from so many for each thread on, rows are shared out
 
 struct Call {
     bfloat16* y;
@@ -103,14 +104,14 @@ void write(const Call& call, int64_t row, int64_t count, int64_t out, const floa
     }
 }
 
-// Two tiles of outputs for all rows: their weights are read from memory once.
-void compute(const Call& call, int64_t block, Scratch& scratch) {
+// Two tiles of outputs for the rows from .. to: their weights are read from memory once.
+void compute(const Call& call, int64_t block, int64_t from, int64_t to, Scratch& scratch) {
     const int64_t in_tiles = call.shape.in_tiles(), out = block * BLOCK_OUTS;
     const bfloat16* first = call.packed + 2 * block * in_tiles * TILE;
     const bool lone = 2 * block + 1 == call.shape.out_tiles();
     const bfloat16* second = lone ? first : first + in_tiles * TILE;  // its sums are not written
-    for (int64_t row = 0; row < call.rows; row += BLOCK_ROWS) {
-        const int64_t count = min_of(BLOCK_ROWS, call.rows - row);
+    for (int64_t row = from; row < to; row += BLOCK_ROWS) {
+        const int64_t count = min_of(BLOCK_ROWS, to - row);
         const Matrix<const bfloat16> x = tile_rows(call, row, count, scratch);
         if (count > TILE_ROWS) multiply<true>(x, first, second, in_tiles, scratch.sums);
         else multiply<false>(x, first, second, in_tiles, scratch.sums);
@@ -143,13 +144,19 @@ extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_stride,
     const Call call{static_cast<bfloat16*>(y), {static_cast<const bfloat16*>(x), x_stride}, rows,
                     {in_size, out_size}, static_cast<const bfloat16*>(packed),
                     static_cast<const bfloat16*>(bias)};
+    // Few rows' time is that of reading weights, of which each thread has its part. Many rows' is that
+    // of what lies between the operations, so each thread keeps to its part of the rows.
+    const int64_t parts = rows >= threads * PART_ROWS ? threads : 1;
+    const int64_t part_rows = div_up(div_up(rows, parts), BLOCK_ROWS) * BLOCK_ROWS;
     const int64_t blocks = div_up(call.shape.out_tiles(), 2);
-    std::atomic<int64_t> next{0};
+    Tasks tasks(parts * blocks, threads);
     run_parallel(blocks > 1 ? threads : 1, [&] {
         const TilesInUse in_use{TileConfig()};
         Scratch scratch(call.shape);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
-            compute(call, i, scratch);
+        tasks.each([&](int64_t task) {
+            const int64_t from = task / blocks * part_rows;
+            compute(call, task % blocks, from, min_of(from + part_rows, rows), scratch);
+        });
     });
     return nullptr;
 #else

@@ -236,15 +236,15 @@ void attend_all(const Step<T>& step, int64_t threads) {
     const bool together = groups >= 2 * threads && step.cache.kv_heads * stride <= 2 * Tiles::MAX_COLUMNS;
     const int64_t heads = together ? step.cache.kv_heads : 1;
     const int64_t units = groups * (step.cache.kv_heads / heads);
-    std::atomic<int64_t> next{0};
+    Tasks tasks(units, threads);
     run_parallel(units > 1 ? threads : 1, [&] {
         Tiles tiles(step, heads * stride);
         Columns<T> columns;
         // Head by head: groups with the same first blocks follow one another.
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-            const int64_t head = i / groups * heads;
-            attend(step, work, work.groups[i % groups], {head, head + heads}, columns, tiles);
-        }
+        tasks.each([&](int64_t unit) {
+            const int64_t head = unit / groups * heads;
+            attend(step, work, work.groups[unit % groups], {head, head + heads}, columns, tiles);
+        });
     });
 }
 
