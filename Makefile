@@ -22,7 +22,7 @@ serve: .venv/installed ## Serve the demo base with the demo adapters on 127.0.0.
 	@exec $(BIN)/deltamux serve smollm2 --adapter-dir examples/adapters $(ARGS)
 
 test: lint ## Lint, check the types and run the whole test suite
-	$(BIN)/pytest -q -n auto --dist loadfile $(ARGS)
+	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/installed-test ## Lint, formatting and types only
 	$(BIN)/ruff check

@@ -19,6 +19,11 @@ from deltamux.server.model.source import resolve_model
 from .tiny_models import make_tiny
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers come first: no worker is left alone with the last of them."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "running_server"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and lose much where the machine is shared."""
