@@ -50,10 +50,17 @@ class Tasks {
     int64_t count;
 };
 
+// Runs worker(shared) once on each thread, for it to take its share of the tasks; on one, if there is
+// only one task.
+template <class Worker>
+void share_tasks(int64_t tasks, int64_t threads, Worker worker) {
+    const int64_t usable = tasks > 1 ? threads : 1;
+    Tasks shared(tasks, usable);
+    run_parallel(usable, [&] { worker(shared); });
+}
+
 // Calls body(task) for every task below `tasks`.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t threads, Body body) {
-    const int64_t usable = tasks > 1 ? threads : 1;
-    Tasks shared(tasks, usable);
-    run_parallel(usable, [&] { shared.each(body); });
+    share_tasks(tasks, threads, [&](Tasks& shared) { shared.each(body); });
 }

@@ -150,8 +150,7 @@ const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t t
                       Compute compute) {
     std::atomic<const char*> found{nullptr};
     const int64_t count = static_cast<int64_t>(units.size());
-    Tasks tasks(count, threads);
-    run_parallel(count > 1 ? threads : 1, [&] {
+    share_tasks(count, threads, [&](Tasks& tasks) {
         const std::unique_ptr<float[]> own(new float[scratch]);
         tasks.each([&](int64_t i) {
             if (const char* error = compute(units[i], own.get())) found = error;

@@ -149,8 +149,7 @@ extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_stride,
     const int64_t parts = rows >= threads * PART_ROWS ? threads : 1;
     const int64_t part_rows = div_up(div_up(rows, parts), BLOCK_ROWS) * BLOCK_ROWS;
     const int64_t blocks = div_up(call.shape.out_tiles(), 2);
-    Tasks tasks(parts * blocks, threads);
-    run_parallel(blocks > 1 ? threads : 1, [&] {
+    share_tasks(parts * blocks, threads, [&](Tasks& tasks) {
         const TilesInUse in_use{TileConfig()};
         Scratch scratch(call.shape);
         tasks.each([&](int64_t task) {

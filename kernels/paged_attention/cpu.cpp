@@ -236,8 +236,7 @@ void attend_all(const Step<T>& step, int64_t threads) {
     const bool together = groups >= 2 * threads && step.cache.kv_heads * stride <= 2 * Tiles::MAX_COLUMNS;
     const int64_t heads = together ? step.cache.kv_heads : 1;
     const int64_t units = groups * (step.cache.kv_heads / heads);
-    Tasks tasks(units, threads);
-    run_parallel(units > 1 ? threads : 1, [&] {
+    share_tasks(units, threads, [&](Tasks& tasks) {
         Tiles tiles(step, heads * stride);
         Columns<T> columns;
         // Head by head: groups with the same first blocks follow one another.

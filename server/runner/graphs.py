@@ -36,6 +36,7 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 
 _LEAST_PROMPT_ROWS = 16
+"""Of a bucket: fewer are one tile of the matrix unit all the same."""
 
 G = TypeVar("G")
 
