@@ -153,3 +153,6 @@ SOURCES = (
     KindSource("bitfit", "plain: a bias of every linear module", _write_bitfit),
 )
 """The kinds that are measured."""
+
+OTHER_LENGTHS = ("prefix_tuning_10", "prefix_tuning_200")
+"""Those of them that differ from another one in length only."""

@@ -41,7 +41,7 @@ from ..server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Su
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.source import resolve_model
 from .counting import Step, count_step, total
-from .kind_adapters import SOURCES, KindSource
+from .kind_adapters import OTHER_LENGTHS, SOURCES, KindSource
 from .machine import describe_machine, describe_versions
 from .markdown import table
 from .roofline import read_shapes
@@ -232,13 +232,19 @@ def make_and_load(
 def measure(
     engine: BenchedEngine, loaded: dict[str, Loaded], workload: Workload
 ) -> dict[str, dict[str, Timed]]:
-    """Name of the batch -> decode step and prefill step."""
+    """Name of the batch -> decode step and prefill step.
+
+    Raises:
+        ValueError: There are more kinds than rows.
+    """
     base: list[int | None] = [None] * workload.rows
-    one_each: list[int | None] = [kind.ids[0] for kind in loaded.values()]
+    one_each = [kind.ids[0] for name, kind in loaded.items() if name not in OTHER_LENGTHS]
+    if len(one_each) > workload.rows:
+        raise ValueError(f"{len(one_each)} kinds do not fit in a batch of {workload.rows} rows")
     batches = {BASE: base} | {name: list(kind.ids) for name, kind in loaded.items()}
     for name, kind in loaded.items():
         batches[SHARED.format(name)] = [kind.ids[0]] * workload.rows
-    batches[MIXED] = base[len(one_each) :] + one_each
+    batches[MIXED] = [*base[len(one_each) :], *one_each]
     found = {name: {DECODE: Timed(), PREFILL: Timed()} for name in batches}
     for adapters in batches.values():  # unmeasured: memory is touched
         engine.decode_seconds(adapters, workload)
@@ -289,6 +295,7 @@ def print_decode_table(
         spread = timed[DECODE].spread
         if spread is not None and name in floors:
             own = floors[name] - floors[BASE]
+            added = spread.median * (1 - 1 / spread.over_base)
             rows.append(
                 [
                     name,
@@ -296,13 +303,14 @@ def print_decode_table(
                     f"{spread.over_base:.2f}",
                     f"{floors[name]:.1f}",
                     f"{spread.median / floors[name]:.2f}",
-                    f"{spread.median * (1 - 1 / spread.over_base):.2f}",
+                    f"{added:.2f}",
                     f"{own:.2f}",
+                    f"{added / own:.2f}" if own else "",
                 ]
             )
     headings = ["16 rows of", "step, ms", "of the base's", "floor, ms", "of it", "added, ms"]
     print(f"decode, floors at {bandwidth / 1e9:.1f} GB/s")
-    print(table([*headings, "of which floor, ms"], rows))
+    print(table([*headings, "its floor, ms", "of it"], rows))
 
 
 def parse_arguments() -> argparse.Namespace:
