@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.backend import DeltaOps
 from ...kernels.bottleneck.op import AddBottleneck
 from ...kernels.embedding.op import CorrectEmbedding
-from ...kernels.input_transform.op import TransformInput
+from ...kernels.input_transform.op import CollectOutputs, SpreadRows, TransformInput
 from ...kernels.linear.op import LinearOp
 from ...kernels.norm_override.op import OverrideNorm
 from ...kernels.side_attention.op import AddSideAttention
@@ -88,31 +88,29 @@ class _InputTransforms:
     takes the place of the rows, and the rows are appended once more for each further target.
 
     Attributes:
+        spread: Lets the batch grow.
+        collect: Brings the outputs back.
         present: The transforms, over the rows of the batch.
         rows: (n,) int64, every row that has any.
         appended: Their segments among those n rows.
     """
 
+    spread: SpreadRows
+    collect: CollectOutputs
     present: _Present[TransformInput]
     rows: Tensor
     appended: tuple[Segments, ...]
 
     def through(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
         """The base's output (rows, out), each target's from its own input."""
-        num_rows, num_copies = len(x), len(targets.out_starts) - 1
-        wide = torch.cat([x, *[x[self.rows]] * num_copies])
-        sizes = [num_rows, *[len(self.rows)] * num_copies]
-        inputs = torch.split(wide, sizes)
-        for position, part in enumerate(inputs):
-            passes = self.appended if position else self.present.passes
-            for segments in passes:
+        copies, count = len(targets.out_starts) - 1, len(self.rows)
+        wide = self.spread(x, self.rows, copies)
+        for position in range(copies + 1):
+            first = len(x) + (position - 1) * count if position else 0
+            part = wide[first : first + (count if position else len(x))]
+            for segments in self.appended if position else self.present.passes:
                 self.present.op(part, self.present.table, targets.first + position, segments)
-        y, *others = torch.split(base(wide), sizes)
-        for start, size, part in zip(
-            targets.out_starts[1:], targets.out_sizes[1:], others, strict=True
-        ):
-            y[self.rows, start : start + size] = part[:, start : start + size]
-        return y
+        return self.collect(base(wide), self.rows, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +239,7 @@ def make_batch(
     return AdapterBatch(
         _inputs=None
         if transforms is None
-        else _input_transforms(transforms, by_type[InputTransform], place, bucket),
+        else _input_transforms(ops, transforms, by_type[InputTransform], place, bucket),
         _linear=_there(present(kind, op) for kind, op in _linear_ops(ops)),
         _embeddings=_there(
             (
@@ -308,6 +306,7 @@ def _joined(ranges: Iterable[RowRange]) -> list[RowRange]:
 
 
 def _input_transforms(
+    ops: DeltaOps,
     present: _Present[TransformInput],
     passes: Sequence[Sequence[RowRange]],
     place: Place,
@@ -326,7 +325,9 @@ def _input_transforms(
     else:  # nothing that was placed is on the device yet
         ranges_of_all = (np.arange(each.start, each.end) for ranges in passes for each in ranges)
         rows = place(np.concatenate(list(ranges_of_all)))
-    return _InputTransforms(present, rows, tuple(appended))
+    return _InputTransforms(
+        ops.spread_rows, ops.collect_outputs, present, rows, tuple(appended)
+    )
 
 
 def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":

@@ -1,6 +1,7 @@
 // transform_input on the CPU. A unit of work is up to BLOCK_ROWS rows of one segment, held as float32 in
 // two buffers that a stage reads and writes in turn. Each element of a rotated block has one
-// accumulator that runs over its sum in order.
+// accumulator that runs over its sum in order. A row alone is multiplied by R as it lies; for several
+// rows, R is first widened. With it, spread_rows and collect_outputs, which copy rows.
 #include <utility>
 
 #include "../cpu/products.h"
@@ -70,7 +71,27 @@ struct Transform {
     }
 
     // out = z, every block multiplied by its own of R, or by the only one
+    void rotate_row(const float* z, const T* r, float* out) const {
+        for (int64_t k = 0; k * block < size; ++k, z += block, out += block) {
+            int64_t i = 0;
+            for (; i + COLS * LANES <= block; i += COLS * LANES) rotated<COLS>(z, r + i, out + i);
+            for_groups(block - i, LANES,
+                       [&](int64_t j, auto... n) { rotated<1>(z, r + i + j, out + i + j, n...); });
+            if (num_blocks > 1) r += block * block;
+        }
+    }
+
+    // C vectors of columns; n, where given, is how many there are of a single one.
+    template <int C, class... N>
+    INLINE_MEMBER void rotated(const float* z, const T* r, float* out, N... n) const {
+        Floats acc[C] = {};
+        for (int64_t k = 0; k < block; ++k, r += block)
+            for (int c = 0; c < C; ++c) acc[c] += z[k] * load(r + c * LANES, n...);
+        for (int c = 0; c < C; ++c) store(out + c * LANES, acc[c], n...);
+    }
+
     void rotate(Matrix<float> z, const T* r, int64_t rows, Matrix<float> out, float* padded_r) const {
+        if (rows == 1) return rotate_row(z.data, r, out.data);
         for (int64_t k = 0; k * block < size; ++k) {
             if (k < num_blocks) pad(r + k * block * block, padded_r);
             combine(z.from(0, k * block), rows, {padded_r, padded(block)}, block, block,
@@ -118,6 +139,46 @@ const char* transform_input(Matrix<T> x, int64_t rows, int64_t size, const Table
     });
 }
 
+constexpr int64_t SERIAL_ROWS = 64;  // below this, waking threads costs more than it saves
+
+template <class T>
+void copy_row(T* to, const T* from, int64_t size) {
+    std::memcpy(to, from, size * sizeof(T));
+}
+
+bool all_inside(const int64_t* chosen, int64_t count, int64_t rows) {
+    bool found = true;
+    for (int64_t i = 0; i < count; ++i) found &= inside(chosen[i], 1, rows);
+    return found;
+}
+
+template <class T>
+const char* spread_rows(T* wide, Matrix<const T> x, int64_t rows, int64_t size,
+                        const int64_t* chosen, int64_t count, int64_t copies, int64_t threads) {
+    if (!all_inside(chosen, count, rows)) return "a chosen row is none of the batch's";
+    const int64_t all = rows + copies * count;
+    for_each_task(all, all < SERIAL_ROWS ? 1 : threads, [=](int64_t i) {
+        copy_row(wide + i * size, x.row(i < rows ? i : chosen[(i - rows) % count]), size);
+    });
+    return nullptr;
+}
+
+template <class T>
+const char* collect_outputs(Matrix<T> y, int64_t rows, int64_t size, const int64_t* chosen,
+                            int64_t count, const Targets& targets, int64_t threads) {
+    if (!all_inside(chosen, count, rows)) return "a chosen row is none of the batch's";
+    for (int64_t t = 1; t < targets.count; ++t)
+        if (!inside(targets.out_starts[t], targets.out_sizes[t], size))
+            return "a target reaches outside the output's columns";
+    const int64_t all = (targets.count - 1) * count;
+    for_each_task(all, all < SERIAL_ROWS ? 1 : threads, [=, &targets](int64_t i) {
+        const int64_t target = 1 + i / count, start = targets.out_starts[target];
+        copy_row(y.row(chosen[i % count]) + start, y.row(rows + i) + start,
+                 targets.out_sizes[target]);
+    });
+    return nullptr;
+}
+
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                             \
@@ -131,3 +192,26 @@ const char* transform_input(Matrix<T> x, int64_t rows, int64_t size, const Table
 
 EXPORT(transform_input_float32, float)
 EXPORT(transform_input_bfloat16, bfloat16)
+
+#define EXPORT_SPREAD(NAME, T)                                                                      \
+    extern "C" const char* NAME(void* wide, const void* x, int64_t x_stride, int64_t rows,          \
+                                int64_t size, const int64_t* chosen, int64_t count, int64_t copies, \
+                                int64_t threads) {                                                  \
+        return spread_rows<T>(static_cast<T*>(wide), {static_cast<const T*>(x), x_stride}, rows,    \
+                              size, chosen, count, copies, threads);                                \
+    }                                                                                               \
+    EXPORT_PACKED(NAME)
+
+EXPORT_SPREAD(spread_rows_float32, float)
+EXPORT_SPREAD(spread_rows_bfloat16, bfloat16)
+
+#define EXPORT_COLLECT(NAME, T)                                                                     \
+    extern "C" const char* NAME(void* y, int64_t rows, int64_t size, const int64_t* chosen,         \
+                                int64_t count, const Targets* targets, int64_t threads) {           \
+        return collect_outputs<T>({static_cast<T*>(y), size}, rows, size, chosen, count, *targets,  \
+                                  threads);                                                         \
+    }                                                                                               \
+    EXPORT_PACKED(NAME)
+
+EXPORT_COLLECT(collect_outputs_float32, float)
+EXPORT_COLLECT(collect_outputs_bfloat16, bfloat16)

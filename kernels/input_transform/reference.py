@@ -1,10 +1,10 @@
-"""The formula of ``op`` in plain torch, in float32 from beginning to end."""
+"""The formulas of ``op`` in plain torch, transforms in float32 from beginning to end."""
 
 import torch
 from torch import Tensor
 
 from ..cells import CellRows, iter_cells
-from ..tables import PrimitiveTable, Segments
+from ..tables import PrimitiveTable, Segments, SiteTargets
 from .op import Cell
 
 
@@ -13,6 +13,21 @@ def transform_input(x: Tensor, table: PrimitiveTable, row: int, segments: Segmen
     for found in iter_cells(table, row, segments):
         rows = x[found.rows]
         rows.copy_(_transformed(rows.float(), found, Cell(*found.fields)))
+
+
+def spread_rows(x: Tensor, chosen: Tensor, copies: int) -> Tensor:
+    """X and, below it, x[chosen] as many times."""
+    return torch.cat([x, *[x[chosen]] * copies])
+
+
+def collect_outputs(y: Tensor, chosen: Tensor, targets: SiteTargets) -> Tensor:
+    """The first rows of y, with every target's columns from the rows that were appended for it."""
+    count, further = len(chosen), len(targets.out_starts) - 1
+    own, *appended = torch.split(y, [len(y) - further * count, *[count] * further])
+    columns = zip(targets.out_starts[1:], targets.out_sizes[1:], strict=True)
+    for (first, width), part in zip(columns, appended, strict=True):
+        own[chosen, first : first + width] = part[:, first : first + width]
+    return own
 
 
 def _transformed(x: Tensor, found: CellRows, cell: Cell) -> Tensor:

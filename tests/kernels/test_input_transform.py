@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltamux.kernels.backend import Backend
 from deltamux.kernels.input_transform.op import Cell
-from deltamux.kernels.tables import PrimitiveTable
+from deltamux.kernels.tables import PrimitiveTable, SiteTargets
 
 from .compare import assert_close, same_bits
 from .pools import FIRST, NAN, Pool, num_threads, poison_outside, segments_of, strided_rows
@@ -233,3 +233,44 @@ def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
     wrong = replace(segments, weight=segments.weight.double())
     with pytest.raises(ValueError, match="segments' weight"):
         compiled.deltas.transform_input(torch.ones(3, 60), site.table, FIRST, wrong)
+
+
+THREE_TARGETS = SiteTargets(4, (0, 7, 9), (7, 2, 5))
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [4, 1], [3, 0, 2, 1, 4]])
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_rows_are_appended_once_more_for_every_copy(
+    compiled: Backend, dtype: torch.dtype, chosen: list[int], copies: int
+) -> None:
+    x = strided_rows(5, 9, dtype, torch.Generator().manual_seed(2))
+    wide = compiled.deltas.spread_rows(x, torch.tensor(chosen, dtype=torch.int64), copies)
+    assert same_bits(wide, torch.cat([x, *[x[chosen]] * copies]))
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_outputs_come_back_to_the_columns_of_their_targets(
+    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int
+) -> None:
+    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[: rows - 2]
+    y = torch.randn(rows + 2 * len(chosen), 15).to(dtype)
+    expected = y[:rows].clone()
+    for index, row in enumerate(chosen.tolist()):
+        expected[row, 7:9] = y[rows + index, 7:9]
+        expected[row, 9:14] = y[rows + len(chosen) + index, 9:14]
+    for backend in (compiled, reference):
+        found = backend.deltas.collect_outputs(y.clone(), chosen, THREE_TARGETS)
+        assert same_bits(found, expected)
+
+
+def test_rows_that_are_not_there_are_refused(compiled: Backend) -> None:
+    ops, x = compiled.deltas, torch.ones(3, 4)
+    for row in (-1, 3):
+        with pytest.raises(IndexError, match="spread_rows: a chosen row is none of the batch's"):
+            ops.spread_rows(x, torch.tensor([row]), 1)
+        with pytest.raises(IndexError, match="collect_outputs: a chosen row is none"):
+            ops.collect_outputs(torch.ones(5, 15), torch.tensor([row]), THREE_TARGETS)
+    with pytest.raises(IndexError, match="a target reaches outside the output's columns"):
+        ops.collect_outputs(torch.ones(5, 13), torch.tensor([0]), THREE_TARGETS)
+    with pytest.raises(ValueError, match="collect_outputs: y lacks rows"):
+        ops.collect_outputs(torch.ones(1, 15), torch.tensor([0]), THREE_TARGETS)
