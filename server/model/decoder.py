@@ -143,7 +143,9 @@ class Decoder:
         Returns:
             (n, vocab) float32.
         """
-        return self.head.forward(hidden, deltas).float()
+        y = self.head.forward(hidden, deltas)
+        # Not float(): a recorded step would have it make a tensor of megabytes and copy that again.
+        return torch.empty_like(y, dtype=torch.float32).copy_(y)
 
     def _run(
         self,
