@@ -15,6 +15,16 @@ import torch
 from torch import Tensor
 
 
+def lengthened(array: npt.NDArray[Any], length: int, fill: int = 0) -> npt.NDArray[Any]:
+    """The array with as many entries along its first axis, ``fill`` behind its own.
+
+    What numpy.pad gives as well, in a tenth of its time.
+    """
+    longer = np.full((length, *array.shape[1:]), fill, array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
 @dataclass(frozen=True, slots=True)
 class PrimitiveTable:
     """Where the tensors of one primitive lie, by place in the base and adapter slot.
@@ -80,10 +90,10 @@ class Segments:
         first_of_each = np.repeat(bounds[:, 0] - (lengths.cumsum() - lengths), lengths)
         rows = np.arange(lengths.sum()) + first_of_each
         if bucket is not None:
-            missing = bucket - len(bounds)
-            bounds = np.pad(bounds, ((0, missing), (0, 0)))
-            weight = np.pad(weight, (0, missing))
-            rows = np.concatenate((rows, np.setdiff1d(np.arange(bucket), rows)))
+            bounds, weight = lengthened(bounds, bucket), lengthened(weight, bucket)
+            free = np.ones(bucket, dtype=np.bool_)
+            free[rows] = False
+            rows = np.concatenate((rows, np.flatnonzero(free)))
             max_rows = next((bound for bound in (1, 16) if max_rows <= bound < bucket), bucket)
             max_inner = 1 << max(max_inner - 1, 0).bit_length() if max_inner else 0
         start, end, slot = bounds.T.copy()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...adapters.device.batch import Place, RowRange
 from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
+from ...kernels.tables import lengthened
 from ..scheduler.plan import ScheduledSequence, StepPlan
 from ..scheduler.sequence import Prefix
 
@@ -145,15 +146,15 @@ def build_batch(
     sampling = [index for index, each in enumerate(scheduled) if each.samples]
     passes = passes_of(zip(corrections, starts, ends, first_rows, strict=True))
     padding = _padding(scheduled, prefixes, passes, len(rows.indices), buckets)
-    missing = 0 if padding is None else padding.rows - len(rows.indices)
+    laid_out = len(rows.indices) if padding is None else padding.rows
     token_ids = np.fromiter(tokens, np.int64, len(rows.indices))
     positions = rows.indices + prefixes.offsets[rows.sequence]
     return StepBatch(
         scheduled=scheduled,
         corrections=corrections,
         first_rows=first_rows,
-        token_ids=place(np.pad(token_ids, (0, missing))),
-        positions=place(np.pad(positions, (0, missing))),
+        token_ids=place(lengthened(token_ids, laid_out)),
+        positions=place(lengthened(positions, laid_out)),
         paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, padding),
         passes=passes,
         sample_rows=_sample_rows(rows.bounds[1:][sampling] - 1, place, padding),
@@ -196,7 +197,7 @@ def _sample_rows(sampling: _Ints, place: Place, padding: Padding | None) -> Tens
         return place(sampling)
     if padding.decodes:
         return place(sampling[:0])
-    return place(np.pad(sampling, (0, padding.sequences - len(sampling))))[: len(sampling)]
+    return place(lengthened(sampling, padding.sequences))[: len(sampling)]
 
 
 def passes_of(spans: Iterable[RowSpan]) -> Passes:
@@ -316,19 +317,18 @@ def _paged(
     keys = rows.indices + prefixes.before[rows.sequence]
     blocks = padded[rows.sequence, keys // block_size].astype(np.int64)
     slots = blocks * block_size + keys % block_size
-    missing = missing_rows = 0
+    sequences, laid_out, each = len(scheduled), len(slots), 0
     if padding is not None:
-        missing = padding.sequences - len(scheduled)
-        missing_rows = padding.rows - len(slots)
-        padded = _widened(padded, padding.sequences)
-    each = 1 if padding is not None and padding.decodes else 0
+        sequences, laid_out, each = padding.sequences, padding.rows, int(padding.decodes)
+        padded = _widened(padded, sequences)
+    missing = sequences - len(scheduled)
     bounds = np.append(rows.bounds, rows.bounds[-1] + each * np.arange(1, missing + 1))
     batch = PagedBatch(
         cu_seqlens_q=place(bounds.astype(np.int32)),
-        context_starts=place(np.pad(prefixes.starts, (0, missing)).astype(np.int32)),
-        context_lens=place(np.pad(context_lens, (0, missing)).astype(np.int32)),
+        context_starts=place(lengthened(prefixes.starts, sequences).astype(np.int32)),
+        context_lens=place(lengthened(context_lens, sequences).astype(np.int32)),
         block_tables=place(padded),
-        slot_mapping=place(np.pad(slots, (0, missing_rows), constant_values=-1)),
+        slot_mapping=place(lengthened(slots, laid_out, fill=-1)),
         max_seqlen_q=int(np.diff(rows.bounds).max()),
         max_context_len=padded.shape[1] * block_size,
     )
@@ -349,7 +349,9 @@ def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int3
 def _widened(tables: npt.NDArray[np.int32], sequences: int) -> npt.NDArray[np.int32]:
     """A row for each of so many sequences, and as many columns as the next power of two."""
     columns = 1 << (tables.shape[1] - 1).bit_length()
-    return np.pad(tables, ((0, sequences - len(tables)), (0, columns - tables.shape[1])))
+    wide = np.zeros((sequences, columns), dtype=np.int32)
+    wide[: len(tables), : tables.shape[1]] = tables
+    return wide
 
 
 def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes, place: Place) -> PagedBatch:
