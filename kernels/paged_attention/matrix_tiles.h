@@ -2,7 +2,9 @@
 // transposed, as K Q^T: so the keys, which are most of what is read, are multiplied as they lie in the
 // cache, and a vector holds the scores of sixteen columns with one key, so that softmax needs nothing
 // across lanes. Weights are turned back, each as the sum of two bfloat16, which keep 16 of its bits; the
-// values' rows are paired up once a tile.
+// values' rows are paired up once a tile. Of a decode row, a tile has few columns: their scores are turned
+// first, so that a vector holds those of one column with sixteen keys, and no lane is idle. Either way
+// adds the same numbers in the same order.
 #pragma once
 
 #include "../cpu/amx.h"
@@ -16,6 +18,7 @@
 // are of weights, 4 and 5 of values.
 class MatrixTiles {
     static constexpr int64_t GROUPS = KEYS / TILE_ROWS;
+    static constexpr int64_t FEW = 4;  // columns: what of them is turned at once
 
     struct alignas(64) CacheLine {
         uint8_t bytes[64];
@@ -36,6 +39,7 @@ class MatrixTiles {
     bfloat16 *copied_keys, *values;  // (KEYS, head_dim); (KEYS / 32, head_dim / 16, 16 pairs, 16 x 2)
     const bfloat16* keys[GROUPS];    // 16 rows each
     alignas(64) float scores[KEYS][TILE_OUTS];
+    alignas(64) float few_scores[FEW][KEYS];
     alignas(64) uint32_t weights[2][TILE_ROWS][KEYS / 2];  // pairs: rounded; what rounding took away
     alignas(64) float sums[TILE_ROWS][TILE_INS];
     const Column<bfloat16>* columns = nullptr;
@@ -164,8 +168,9 @@ class MatrixTiles {
         const int64_t groups = div_up(all.hi, TILE_ROWS);
         for (int64_t half = first; half < last; ++half)
             score(tile, half, 2 * half + 1 < groups);
-        const Floats factors = soften(state, first * TILE_INS, last * TILE_INS);
-        for (int64_t half = first; half < last; ++half) turn(half);
+        const Range passed = {first * TILE_INS, last * TILE_INS};
+        const Floats factors = end - q <= FEW ? soften_few(state, q - tile, end - tile, passed)
+                                              : soften_all(state, passed);
         for (int64_t i = 0; i < head_dim; i += TILE_INS)
             mix(q, end, i, first, last, factors);
     }
@@ -187,13 +192,13 @@ class MatrixTiles {
         _tile_stored(3, scores[half * TILE_INS + TILE_ROWS], TILE_BYTES);
     }
 
-    // One online softmax step (arXiv:1805.02867) of sixteen columns: the scores of keys begin .. end - 1
-    // become weights, zero where a column does not see the key. Returns the factors for what was summed
-    // before.
-    Floats soften(State& state, int64_t begin, int64_t end) {
+    // One online softmax step (arXiv:1805.02867): the scores of these keys, in whole halves, become
+    // weights as rows of pairs, zero where a column does not see the key. Returns the factors for what
+    // was summed before.
+    Floats soften_all(State& state, const Range& passed) {
         const Floats unseen = splat(-__builtin_inff());
         Floats highest = state.highest;
-        for (int64_t j = begin; j < end; ++j) {
+        for (int64_t j = passed.lo; j < passed.hi; ++j) {
             const int32_t at = static_cast<int32_t>(j);
             const Ints seen = (state.first <= at) & (state.end > at);
             const Ints scaled = (Ints)(load(scores[j]) * step.scale);
@@ -201,19 +206,107 @@ class MatrixTiles {
             store(scores[j], score);
             highest = maximum(highest, score);
         }
-        // A column that has seen no key yet has a highest of minus infinity, and weights of zero.
-        const Floats top = (Floats)((Ints)highest & (highest > unseen));
+        const Floats top = top_of(highest);
+        Floats parts[LANES / 2];
+        for (int64_t i = 0; i < LANES / 2; ++i)
+            parts[i] = weigh(i, passed, top) + weigh(i + LANES / 2, passed, top);
+        for (int64_t half = LANES / 4; half > 0; half /= 2)
+            for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+        for (int64_t half = passed.lo / TILE_INS; half < passed.hi / TILE_INS; ++half) turn(half);
+        return renewed(state, highest, top, parts[0]);
+    }
+
+    // A column that has seen no key yet has a highest of minus infinity, and weights of zero.
+    static Floats top_of(Floats highest) {
+        return (Floats)((Ints)highest & (highest > splat(-__builtin_inff())));
+    }
+
+    // The sum of the weights of every sixteenth key, which take their scores' places.
+    INLINE_MEMBER Floats weigh(int64_t i, const Range& passed, Floats top) {
         Floats total = {};
-        for (int64_t j = begin; j < end; ++j) {
+        for (int64_t j = passed.lo + i; j < passed.hi; j += LANES) {
             const Floats weight = exp_nonpositive(load(scores[j]) - top);
             store(scores[j], weight);
             total += weight;
         }
+        return total;
+    }
+
+    static Floats renewed(State& state, Floats highest, Floats top, Floats total) {
         const Floats factors = exp_nonpositive(state.highest - top);
         state.highest = highest;
         state.total = state.total * factors + total;
         return factors;
     }
+
+    // The same for the columns q .. end - 1 of a tile alone, of which there are few.
+    Floats soften_few(State& state, int64_t q, int64_t end, const Range& passed) {
+        const int64_t turned = min_of(q, TILE_OUTS - FEW);
+        for (int64_t j = passed.lo; j < passed.hi; j += LANES) turn_scores(j, turned);
+        Floats highest = state.highest, total = {};
+        for (int64_t c = q; c < end; ++c)
+            highest[c] = highest_of(few_scores[c - turned], state.first[c], state.end[c], highest[c],
+                                    passed);
+        const Floats top = top_of(highest);
+        for (int64_t c = q; c < end; ++c) total[c] = weigh_few(few_scores[c - turned], c, passed, top[c]);
+        return renewed(state, highest, top, total);
+    }
+
+    // few_scores, of sixteen keys, from columns first .. first + FEW - 1 of scores
+    INLINE_MEMBER void turn_scores(int64_t j, int64_t first) {
+        __m512 rows[FEW];
+        for (int64_t r = 0; r < FEW; ++r) {
+            const auto part = [&](int64_t i) { return _mm_loadu_ps(&scores[j + 4 * i + r][first]); };
+            rows[r] = _mm512_castps128_ps512(part(0));
+            rows[r] = _mm512_insertf32x4(rows[r], part(1), 1);
+            rows[r] = _mm512_insertf32x4(rows[r], part(2), 2);
+            rows[r] = _mm512_insertf32x4(rows[r], part(3), 3);
+        }
+        const __m512d low01 = (__m512d)_mm512_unpacklo_ps(rows[0], rows[1]);
+        const __m512d low23 = (__m512d)_mm512_unpacklo_ps(rows[2], rows[3]);
+        const __m512d high01 = (__m512d)_mm512_unpackhi_ps(rows[0], rows[1]);
+        const __m512d high23 = (__m512d)_mm512_unpackhi_ps(rows[2], rows[3]);
+        store(few_scores[0] + j, (Floats)_mm512_unpacklo_pd(low01, low23));
+        store(few_scores[1] + j, (Floats)_mm512_unpackhi_pd(low01, low23));
+        store(few_scores[2] + j, (Floats)_mm512_unpacklo_pd(high01, high23));
+        store(few_scores[3] + j, (Floats)_mm512_unpackhi_pd(high01, high23));
+    }
+
+    // The highest score of a column that sees keys first .. end - 1; the scores are scaled in passing.
+    INLINE_MEMBER float highest_of(float* column, int32_t first, int32_t end, float before,
+                                   const Range& passed) const {
+        const Floats unseen = splat(-__builtin_inff());
+        const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Floats highest = splat(before);
+        for (int64_t j = passed.lo; j < passed.hi; j += LANES) {
+            const Ints at = lanes + static_cast<int32_t>(j);
+            const Ints seen = (at >= first) & (at < end);
+            const Ints scaled = (Ints)(load(column + j) * step.scale);
+            const Floats score = (Floats)((scaled & seen) | ((Ints)unseen & ~seen));
+            store(column + j, score);
+            highest = maximum(highest, score);
+        }
+        return maximum(highest);
+    }
+
+    // The sum of a column's weights, which become its row of pairs.
+    INLINE_MEMBER float weigh_few(const float* column, int64_t row, const Range& passed, float top) {
+        Floats total = {};
+        for (int64_t j = passed.lo; j < passed.hi; j += TILE_INS) {
+            const Floats first = exp_nonpositive(load(column + j) - top);
+            const Floats second = exp_nonpositive(load(column + j + LANES) - top);
+            total += first;
+            total += second;
+            const Halves near[2] = {rounded(first), rounded(second)};
+            const Halves rest[2] = {rounded(first - widened(near[0])),
+                                    rounded(second - widened(near[1]))};
+            std::memcpy(&weights[0][row][j / 2], near, sizeof near);
+            std::memcpy(&weights[1][row][j / 2], rest, sizeof rest);
+        }
+        return sum(total);
+    }
+
+    static Floats widened(Halves v) { return (Floats)(__builtin_convertvector(v, Words) << 16); }
 
     // Weights of 32 keys as rows of pairs.
     void turn(int64_t half) {
