@@ -5,7 +5,6 @@ rotary halves of every q and k head; both are undone here.
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +43,6 @@ _KEPT_DTYPES: Mapping[GGMLQuantizationType, torch.dtype] = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_log = logging.getLogger(__name__)
 
 
 def convert_gguf(source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -59,7 +57,6 @@ def convert_gguf(source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> 
         ModelUnsupported: The architecture, a metadata key or a tensor is not served; names it.
         ModelCorrupt: The file is truncated, not GGUF, or its tokenizer cannot be built.
     """
-    _log.info("converting %s once; this takes some seconds", source.name)
     try:
         reader = GGUFReader(source)
     # the reader lets through whatever numpy raises at the first field that does not fit

