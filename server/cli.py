@@ -318,7 +318,7 @@ def serve(
         cors_origins=cors_origin,
         **options,
     )
-    # Here and not above, so that --help does not wait for transformers.
+    # Here and not above, so that --help does not wait for what a server imports.
     from .serve import ServeError, run
 
     try:

@@ -4,13 +4,14 @@ The vector is the last token's state behind the final norm, scaled to length 1, 
 pooling of models that generate text. Inputs run like prompts, in the same batches.
 """
 
+import math
+import struct
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from uuid import uuid4
 
-import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -154,9 +155,10 @@ async def _embed(
 
 
 def _shown(index: int, hidden: bytes, body: EmbeddingBody) -> Embedding:
-    vector = np.frombuffer(hidden, dtype="<f4").astype(np.float64)
-    length = float(np.linalg.norm(vector))
-    scaled = (vector / length if length else vector).astype("<f4")
+    form = struct.Struct(f"<{len(hidden) // 4}f")
+    vector = form.unpack(hidden)
+    length = math.hypot(*vector) or 1.0
+    scaled = form.pack(*(value / length for value in vector))
     if body.encoding_format == "base64":
-        return Embedding(index, b64encode(scaled.tobytes()).decode())
-    return Embedding(index, scaled.tolist())
+        return Embedding(index, b64encode(scaled).decode())
+    return Embedding(index, list(form.unpack(scaled)))

@@ -23,6 +23,8 @@ from typing import IO, BinaryIO, cast
 from ...adapters.files import ADAPTER_FILES, CONFIG_FILE, PLAIN_CONFIG_FILE
 from .errors import ArchiveRefused
 
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
+
 _CHUNK = 1 << 20
 _END_OF_ZIP = b"PK\x05\x06"
 _ZIP64_LOCATOR = b"PK\x06\x07"

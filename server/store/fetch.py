@@ -28,11 +28,9 @@ from ...adapters.files import (
     WEIGHT_FILES,
 )
 from ...adapters.folder import open_config
-from .archives import ArchiveLimits, unpack
+from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, unpack
 from .errors import FetchFailed, RegistryError
 from .sources import HubSource, Source, parse_hub
-
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 _CHUNK = 1 << 20
 _CONFIG_FILES = (CONFIG_FILE, PLAIN_CONFIG_FILE, OPTIONS_FILE, INTERFACE_FILE)

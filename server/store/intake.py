@@ -17,10 +17,9 @@ from typing import BinaryIO
 from ...adapters.errors import AdapterCorrupt, AdapterTooLarge
 from ...adapters.files import ADAPTER_FILES
 from ...adapters.folder import covered_files, hash_folder, open_config, opened_file
-from .archives import ArchiveLimits, unpack
+from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, unpack
 from .contents import ContentStore
 from .errors import FetchFailed
-from .fetch import ARCHIVE_SUFFIXES, fetch_hub, fetch_url
 from .sources import Source, SourceKind
 
 _FICLONE = 0x40049409
@@ -74,12 +73,15 @@ class Intake:
             RegistryError: The source does not give it, or gives what is refused.
             AdapterError: Its files are refused.
         """
+        if source.kind is SourceKind.LOCAL:
+            return self._local(source.path)
+        # Here and not above: not every server fetches, and the libraries for it are large.
+        from .fetch import fetch_hub, fetch_url
+
         if source.kind is SourceKind.URL:
             return self._staged(source.text, lambda into: fetch_url(source, into, self.limits))
-        if source.kind is SourceKind.HUB:
-            folder, text = fetch_hub(source, self.limits.max_bytes)
-            return self._staged(text, lambda into: self._copy_folder(folder, into))
-        return self._local(source.path)
+        folder, text = fetch_hub(source, self.limits.max_bytes)
+        return self._staged(text, lambda into: self._copy_folder(folder, into))
 
     def stage_archive(self, archive: BinaryIO) -> Staged:
         """Bring the adapter in an archive here.
