@@ -40,6 +40,7 @@ from ..server.engine.config import EngineConfig
 from ..server.engine.messages import AdapterLoaded, LoadAdapter, StepOutputs, Submit
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.source import resolve_model
+from ..server.text.reader import read_tokenizer
 from .counting import Step, count_step, total
 from .kind_adapters import OTHER_LENGTHS, SOURCES, KindSource
 from .machine import describe_machine, describe_versions
@@ -141,7 +142,8 @@ class BenchedEngine:
                 memory_budget=8 << 30,
                 host_memory_budget=8 << 30,
                 prefix_caching=False,  # the same prompts come in every round
-            )
+            ),
+            read_tokenizer(self.model),
         )
         self._loads = 0
         self._requests = 0

@@ -31,6 +31,7 @@ from ..server.engine.core import Engine
 from ..server.engine.messages import Abort, AdapterLoaded, AdapterRefused, LoadAdapter, Submit
 from ..server.generation import AdapterWeight, GenerationRequest, SamplingParams
 from ..server.model.source import resolve_model
+from ..server.text.reader import read_tokenizer
 from .counting import Step, count_step, total
 from .errors import BenchmarkError
 from .machine import describe_machine, describe_versions
@@ -166,7 +167,11 @@ def run(workload: Workload) -> None:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         model = resolve_model(workload.base, default_state_dir())
-        parts = build_parts(_config(workload, model), lambda backend: instrumented(backend, watch))
+        parts = build_parts(
+            _config(workload, model),
+            read_tokenizer(model),
+            lambda backend: instrumented(backend, watch),
+        )
         engine = parts.engine()
         try:
             _load_adapters(engine, workload, model, Path(folder))

@@ -23,6 +23,7 @@ from ..server.engine.messages import StepOutputs, Submit
 from ..server.generation import GenerationRequest, SamplingParams
 from ..server.grammar.constraint import JsonSchema, grammar_of
 from ..server.model.source import resolve_model
+from ..server.text.reader import read_tokenizer
 from .machine import describe_machine, describe_versions
 from .markdown import table
 
@@ -98,7 +99,8 @@ class SteppedEngine:
                 memory_budget=1 << 30,
                 host_memory_budget=1 << 30,
                 prefix_caching=False,
-            )
+            ),
+            read_tokenizer(model),
         )
         self.dtype = info.dtype
         self._token_ids = range(100, info.vocab_size)

@@ -44,7 +44,7 @@ from .tenants.directory import TenantDirectory
 from .tenants.errors import TenantError
 from .tenants.file import TenantsFile
 from .tenants.records import TenantRecords
-from .text.tokenizer import Tokenizer, TokenizerError
+from .text.tokenizer import Tokenizer
 from .tools.formats import FORMATS, ToolFormat, format_of
 from .tracing import RequestTracer, TracingUnavailable, open_tracer
 from .usage.ledger import Ledger
@@ -58,7 +58,6 @@ _SHUTDOWN_SECONDS = 5
 
 _CANNOT_START = (
     ModelError,
-    TokenizerError,
     EngineError,
     StateError,
     DeclaredRefused,
@@ -170,8 +169,8 @@ async def _serve(
         _opened(config, registry),
         _followed(file),
     ):
-        tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, folder)
-        check = GrammarCheck(VocabularySource.of(tokenizer, tokenizer.vocab_size))
+        tokenizer = await asyncio.to_thread(Tokenizer, await engine.tokenizer())
+        check = GrammarCheck(VocabularySource.of(tokenizer.source, tokenizer.vocab_size))
         tools = _tool_format(config.tool_call_parser, tokenizer)
         state = AppState(
             engine,

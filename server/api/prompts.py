@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from ..text.tokenizer import ChatTemplateError, Tokenizer
+from ..text.chat_template import ChatTemplateError
+from ..text.tokenizer import Tokenizer
 from .conversation import Conversation
 from .errors import InvalidRequest
 from .protocol import CompletionBody, EmbeddingBody, GenerationBody

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from ...kernels.backend import Backend, select_backend
 from ...kernels.build import CompilerError
 from ...kernels.memory import allocator
 from ..composition import Room
-from ..grammar.vocabulary import Vocabulary, VocabularySource
+from ..grammar.vocabulary import VocabularySource
 from ..model.base import ServedBase, load_base
 from ..model.decoder import Decoder
 from ..runner.graphs import CudaCapture, PromptPrograms, StepGraphs, decode_buckets
@@ -27,7 +26,7 @@ from ..scheduler.block_manager import BlockManager
 from ..scheduler.limits import SchedulerLimits, longest_sequence
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.shared_memory import Pages, SharedMemory
-from ..text.tokenizer import Tokenizer, TokenizerError
+from ..text.tokenizer_source import TokenizerSource
 from .config import LEAST_SHARE, PINNED_HOST_SHARE, EngineConfig
 from .core import Engine
 from .errors import EngineMisconfigured
@@ -75,19 +74,23 @@ class EngineParts:
         )
 
 
-def build_engine(config: EngineConfig) -> tuple[Engine, HostTier, EngineInfo]:
+def build_engine(
+    config: EngineConfig, tokenizer: TokenizerSource
+) -> tuple[Engine, HostTier, EngineInfo]:
     """Load the base, allocate the device memory and put the parts together.
 
     Raises:
         EngineMisconfigured: The options do not go together with each other or with the base.
         ModelError: The base is refused.
     """
-    parts = build_parts(config)
+    parts = build_parts(config, tokenizer)
     return parts.engine(), parts.host, parts.info
 
 
 def build_parts(
-    config: EngineConfig, instrument: Callable[[Backend], Backend] | None = None
+    config: EngineConfig,
+    tokenizer: TokenizerSource,
+    instrument: Callable[[Backend], Backend] | None = None,
 ) -> EngineParts:
     """The parts of an engine, on device operations that ``instrument`` may put others around.
 
@@ -137,7 +140,8 @@ def build_parts(
     )
     scheduler = Scheduler(limits, blocks, residency)
     info = _info(config, decoder, backend, limits, pages, room, pin_room)
-    grammars = GrammarCompiler(partial(_vocabulary, config, limits.vocab_size), host.wakeup)
+    vocabulary = VocabularySource.of(tokenizer, limits.vocab_size)
+    grammars = GrammarCompiler(vocabulary.load, host.wakeup)
     return EngineParts(
         decoder, scheduler, blocks, runner, host, residency, shared, grammars, room, info
     )
@@ -172,14 +176,6 @@ def _prompts(
     if backend.programs is None or not backend.leaves_out_rows or dtype is not torch.bfloat16:
         return None
     return PromptPrograms(backend.programs, limits.max_num_batched_tokens)
-
-
-def _vocabulary(config: EngineConfig, vocab_size: int) -> Vocabulary:
-    try:
-        tokenizer = Tokenizer.from_pretrained(config.model_folder)
-    except TokenizerError as error:
-        raise EngineMisconfigured(str(error)) from error
-    return VocabularySource.of(tokenizer, vocab_size).load()
 
 
 def _stage_bytes(limits: SchedulerLimits, block_size: int) -> int:

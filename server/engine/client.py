@@ -18,6 +18,7 @@ from ...adapters import errors as adapter_errors
 from ...adapters.errors import AdapterError
 from ..generation import GenerationRequest, SequenceUpdate, Share
 from ..scheduler.shares import ActiveShares
+from ..text.tokenizer_source import TokenizerSource
 from .config import EngineConfig
 from .connection import Connection, open_connection
 from .errors import EngineDied, EngineStartFailed, EngineUnavailable, QueueFull
@@ -38,6 +39,7 @@ from .messages import (
     Shutdown,
     StepOutputs,
     Submit,
+    TokenizerRead,
     UnloadAdapter,
 )
 from .process import run_engine
@@ -100,7 +102,9 @@ class EngineClient:
         self._process: BaseProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._failure: str | None = None
-        self._first_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._tokenizer: asyncio.Future[TokenizerSource] = loop.create_future()
+        self._first_ready: asyncio.Future[None] = loop.create_future()
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
 
@@ -123,6 +127,19 @@ class EngineClient:
         """Start the engine and keep one running; ``ready`` tells when requests are served."""
         self._listener = listener
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def tokenizer(self) -> TokenizerSource:
+        """Wait until the first engine has read the base's tokenizer.
+
+        Raises:
+            EngineStartFailed: It ended before it had.
+        """
+        told: tuple[asyncio.Future[TokenizerSource], asyncio.Future[None]]
+        told = self._tokenizer, self._first_ready
+        await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+        if not self._tokenizer.done():
+            self._first_ready.result()
+        return self._tokenizer.result()
 
     async def ready(self) -> None:
         """Wait until the first engine is ready.
@@ -292,6 +309,9 @@ class EngineClient:
                     unload.set_result(None)
             case HostChanges():
                 self._tell(lambda listener: listener.on_host_changes(event))
+            case TokenizerRead():
+                if not self._tokenizer.done():
+                    self._tokenizer.set_result(event.source)
             case EngineInfo():
                 self._info = event
                 self._tell(lambda listener: listener.on_ready())

@@ -4,6 +4,7 @@ import msgspec
 
 from ..composition import Composable, Room
 from ..generation import GenerationRequest, SequenceUpdate
+from ..text.tokenizer_source import TokenizerSource
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -47,6 +48,12 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | Shutdown
+
+
+class TokenizerRead(msgspec.Struct, frozen=True, tag=True):
+    """The base's tokenizer. The engine process reads it before all else, and says so at once."""
+
+    source: TokenizerSource
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
@@ -141,7 +148,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 Event = (
-    EngineInfo
+    TokenizerRead
+    | EngineInfo
     | AdapterLoaded
     | AdapterRefused
     | AdapterUnloaded

@@ -10,15 +10,21 @@ import multiprocessing
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from ..logs import configure
 from ..model.errors import ModelError
+from ..text.tokenizer_source import TokenizerError
 from .config import EngineConfig
 from .errors import EngineMisconfigured
-from .messages import Command, EngineFailed, Event, Shutdown
+from .messages import Command, EngineFailed, EngineInfo, Event, Shutdown, TokenizerRead
+
+if TYPE_CHECKING:
+    from .core import Engine
+    from .host_tier import HostTier
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +67,7 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
     mailbox = _Mailbox(commands, events)
     try:
         _serve(config, mailbox)
-    except (EngineMisconfigured, ModelError) as error:
+    except (EngineMisconfigured, ModelError, TokenizerError) as error:
         mailbox.send([EngineFailed(str(error))])
         raise SystemExit(1) from None
     except Exception as error:
@@ -73,11 +79,18 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
         context.destroy(linger=1000)
 
 
-def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
+def _build(config: EngineConfig, mailbox: "_Mailbox") -> "tuple[Engine, HostTier, EngineInfo]":
     # Here and not above: the HTTP process imports this module too and has no use for torch.
+    from ..text.reader import read_tokenizer
     from .build import build_engine
 
-    engine, host, info = build_engine(config)
+    tokenizer = read_tokenizer(config.model_folder)
+    mailbox.send([TokenizerRead(tokenizer)])
+    return build_engine(config, tokenizer)
+
+
+def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
+    engine, host, info = _build(config, mailbox)
     # What is there now stays: the collector would look through all of it, between two tokens.
     gc.collect()
     gc.freeze()

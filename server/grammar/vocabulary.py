@@ -1,15 +1,13 @@
 """The base's tokens as grammars are matched against them, and what a grammar may cost."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer as Backend
 
+from ..text.tokenizer_source import TokenizerSource
 from .constraint import GrammarRefused
-
-if TYPE_CHECKING:
-    from ..text.tokenizer import Tokenizer  # transformers, which the judge has no use for
 
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
@@ -64,9 +62,9 @@ class VocabularySource:
     num_tokens: int
 
     @classmethod
-    def of(cls, tokenizer: "Tokenizer", num_tokens: int) -> Self:
+    def of(cls, tokenizer: TokenizerSource, num_tokens: int) -> Self:
         """The tokens of ``tokenizer``, for a model of ``num_tokens``."""
-        return cls(tokenizer.serialized(), tokenizer.end_token_ids, num_tokens)
+        return cls(tokenizer.serialized, tokenizer.end_token_ids, num_tokens)
 
     def load(self) -> Vocabulary:
         """Lay the tokens out; of 50,000 that takes 0.3 s in which no other thread goes on."""

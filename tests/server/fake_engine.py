@@ -40,6 +40,7 @@ from deltamux.server.store.sources import SourcePolicy
 from deltamux.server.tenants.admin import TenantAdmin
 from deltamux.server.tenants.directory import Account, TenantDirectory
 from deltamux.server.tenants.records import TenantRecords
+from deltamux.server.text.reader import describe
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.formats import format_of
 from deltamux.server.tracing import RequestTracer
@@ -71,7 +72,7 @@ def byte_level_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     backend.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     fast.chat_template = template
-    return Tokenizer(fast)
+    return Tokenizer(describe(fast))
 
 
 class FakeEngine:
@@ -242,7 +243,7 @@ def make_state(
     policy: SourcePolicy,
     tracer: RequestTracer | None = None,
 ) -> AppState:
-    check = GrammarCheck(VocabularySource.of(engine.tokenizer, engine.tokenizer.vocab_size))
+    check = GrammarCheck(VocabularySource.of(engine.tokenizer.source, engine.tokenizer.vocab_size))
     metrics = Metrics(BASE)
     tools = format_of(engine.tokenizer.chat_template)
     state = AppState(

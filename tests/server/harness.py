@@ -27,6 +27,7 @@ from deltamux.server.generation import (
     SamplingParams,
     TokenLogprobs,
 )
+from deltamux.server.text.reader import read_tokenizer
 
 
 def engine_config(model: Path, **changes) -> EngineConfig:
@@ -74,7 +75,8 @@ class Received:
 
 class EngineHarness:
     def __init__(self, config: EngineConfig):
-        self.engine, self.host, self.info = build_engine(config)
+        tokenizer = read_tokenizer(config.model_folder)
+        self.engine, self.host, self.info = build_engine(config, tokenizer)
         self.received: dict[str, Received] = defaultdict(Received)
         self.adapter_events: list[AdapterLoaded | AdapterRefused | AdapterUnloaded] = []
         self.on_host: set[int] = set()

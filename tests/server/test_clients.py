@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -287,3 +288,13 @@ def test_litellm(running, client, expected):
     own = client.embeddings.create(model="red", input=TEXTS).data
     assert found["vectors"] == [pytest.approx(each.embedding) for each in own]
     assert found["errors"] == ["NotFoundError", "BadRequestError"]
+
+
+def test_the_http_process_has_no_torch(running, client):
+    """Whatever it has been asked before this: torch belongs to the engine's process."""
+    assert client.embeddings.create(model=BASE, input=TEXTS).data
+    mapped = Path(f"/proc/{running.process.pid}/maps").read_text()
+    assert "libtorch" not in mapped
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    [resident] = re.findall(r"VmRSS:\s+(\d+) kB", status)
+    assert int(resident) < 200_000

@@ -40,7 +40,7 @@ from deltamux.server.runner.runner import Runner, StepInputs
 from deltamux.server.runner.stage import PinnedStage
 from deltamux.server.scheduler.plan import ScheduledSequence, StepPlan
 from deltamux.server.scheduler.sequence import NO_ADAPTER, Sequence
-from deltamux.server.text.tokenizer import Tokenizer
+from deltamux.server.text.reader import describe
 
 from ..kinds import goldens, variants
 from ..peft_zoo import PeftOracle
@@ -231,8 +231,8 @@ def make_traced(model: Path, lowered: dict[str, LoweredAdapter], mode: FakeTenso
         stage,
         decode_buckets(MAX_SEQS),
     )
-    tokenizer = Tokenizer(make_tokenizer())
-    vocabulary = VocabularySource.of(tokenizer, tokenizer.vocab_size).load()
+    size = base.decoder.config.vocab_size
+    vocabulary = VocabularySource.of(describe(make_tokenizer()), size).load()
     return Traced(runner, lowered, ids, base, mode, vocabulary)
 
 

@@ -17,6 +17,7 @@ from deltamux.server.engine.errors import (
     QueueFull,
 )
 from deltamux.server.generation import FinishReason
+from deltamux.server.text.reader import read_tokenizer
 
 from .harness import engine_config, make_request
 from .peft_oracle import Oracle
@@ -76,6 +77,7 @@ def test_life_death_and_rebirth(tiny_model, adapter):
             max_num_seqs=2,
             engines=2,
         ) as client:
+            assert await client.tokenizer() == read_tokenizer(tiny_model("llama"))
             info = await client.load_adapter(1, str(path), None)
             assert (info.kind, info.rank) == ("lora", 4)
             request = make_request("adapted", prompt, adapter_id=1)
@@ -136,6 +138,19 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
             pass
 
     with pytest.raises(EngineStartFailed, match="nothing"):
+        asyncio.run(start())
+
+
+def test_a_base_without_a_tokenizer_is_told_to_who_waits_for_one(tmp_path):
+    async def start():
+        client = EngineClient(engine_config(tmp_path), max_waiting=0)
+        client.start(EngineListener(print, print, lambda: None, lambda: None))
+        try:
+            await client.tokenizer()
+        finally:
+            await client.stop()
+
+    with pytest.raises(EngineStartFailed, match=f"No tokenizer can be read from {tmp_path}"):
         asyncio.run(start())
 
 

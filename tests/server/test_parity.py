@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 from peft import LoraConfig
 
+from deltamux.server.text.reader import read_tokenizer
 from deltamux.server.text.tokenizer import Tokenizer
 
 from .peft_oracle import Oracle
@@ -67,7 +68,7 @@ def adapters(oracle, tmp_path_factory) -> dict[str, Path]:
 def requests(adapters, demo_base) -> list[tuple[str | None, list[int]]]:
     """(adapter, prompt) of 20 requests: every adapter once, the base four times."""
     text = (Path(__file__).parent / "prompts.txt").read_text()
-    tokens = Tokenizer.from_pretrained(demo_base).encode(text)
+    tokens = Tokenizer(read_tokenizer(demo_base)).encode(text)
     choose = random.Random(5)
     names = [*adapters, None, None, None, None]
     choose.shuffle(names)

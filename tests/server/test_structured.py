@@ -26,6 +26,7 @@ from deltamux.server.grammar.constraint import (
 )
 from deltamux.server.grammar.matcher import Matcher
 from deltamux.server.grammar.vocabulary import Vocabulary, VocabularySource
+from deltamux.server.text.reader import describe
 from deltamux.server.text.tokenizer import Tokenizer
 
 from ..tiny_models import make_tokenizer
@@ -44,12 +45,12 @@ def validate(text: str, schema: dict) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(make_tokenizer())
+    return Tokenizer(describe(make_tokenizer()))
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer) -> Vocabulary:
-    return VocabularySource.of(tokenizer, tokenizer.vocab_size).load()
+    return VocabularySource.of(tokenizer.source, tokenizer.vocab_size).load()
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def test_a_refused_grammar_ends_its_request(engine):
 def test_a_model_without_an_end_token_ends_where_the_grammar_does(vocabulary):
     plain = make_tokenizer()
     plain.eos_token = None
-    endless = VocabularySource.of(Tokenizer(plain), 300).load()
+    endless = VocabularySource.of(describe(plain), 300).load()
     assert endless.end_token_ids == (300,)
     matcher = Matcher(endless.compile(grammar_of(Choice(("a",)))), endless, may_end_early=False)
     assert matcher.mask()
@@ -317,7 +318,7 @@ UNENFORCEABLE = {
 
 @pytest.fixture(scope="module")
 def check(tokenizer) -> Iterator[GrammarCheck]:
-    made = GrammarCheck(VocabularySource.of(tokenizer, tokenizer.vocab_size))
+    made = GrammarCheck(VocabularySource.of(tokenizer.source, tokenizer.vocab_size))
     yield made
     made.close()
 

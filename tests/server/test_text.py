@@ -9,9 +9,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from deltamux.server.text.chat_template import ChatTemplateError
 from deltamux.server.text.detokenizer import Detokenizer
+from deltamux.server.text.reader import describe, read_tokenizer
 from deltamux.server.text.stop_strings import StopStrings
-from deltamux.server.text.tokenizer import ChatTemplateError, Tokenizer, TokenizerError
+from deltamux.server.text.tokenizer import Tokenizer
+from deltamux.server.text.tokenizer_source import TokenizerError
 
 from .fake_engine import byte_level_tokenizer
 
@@ -57,7 +60,7 @@ def sentencepiece_fast() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> Tokenizer:
-    return Tokenizer(sentencepiece_fast())
+    return Tokenizer(describe(sentencepiece_fast()))
 
 
 def pieces_of(tokenizer: Tokenizer, token_ids: list[int], prompt: list[int]) -> list[str]:
@@ -123,7 +126,7 @@ def test_output_continues_the_prompt(text, prompt):
 
 
 _BYTE_LEVEL = byte_level_tokenizer()
-_SENTENCEPIECE = Tokenizer(sentencepiece_fast())
+_SENTENCEPIECE = Tokenizer(describe(sentencepiece_fast()))
 
 
 def test_a_word_after_the_prompt_keeps_its_leading_space(sentencepiece):
@@ -226,13 +229,13 @@ def test_chat_template(byte_level):
 def test_end_tokens_come_from_the_folder(tmp_path, ids):
     sentencepiece_fast().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer(read_tokenizer(tmp_path))
     assert tokenizer.end_token_ids == ((0, 2) if ids == [2, 0] else (2,))
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="No tokenizer can be read"):
-        Tokenizer.from_pretrained(tmp_path / "missing")
+        read_tokenizer(tmp_path / "missing")
     with pytest.raises(TokenizerError, match="no fast"):
-        Tokenizer(object())
+        describe(object())

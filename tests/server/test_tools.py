@@ -12,6 +12,7 @@ import pytest
 from deltamux.server.grammar.constraint import grammar_of
 from deltamux.server.grammar.matcher import Matcher
 from deltamux.server.grammar.vocabulary import VocabularySource
+from deltamux.server.text.reader import describe
 from deltamux.server.text.tokenizer import Tokenizer
 from deltamux.server.tools.forced import Function, forced_calls
 from deltamux.server.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, format_of
@@ -248,11 +249,11 @@ def test_calls_that_begin_with_a_special_token_are_forced_with_that_token():
     """As Mistral's do: it is no text, and only its id matches."""
     fast = make_tokenizer()
     fast.add_special_tokens({"additional_special_tokens": [MISTRAL.begin]})
-    tokenizer = Tokenizer(fast)
+    tokenizer = Tokenizer(describe(fast))
     token_id = tokenizer.special_id(MISTRAL.begin)
     functions = [Function("clock", CLOCK["function"]["parameters"])]
     grammar = grammar_of(forced_calls(functions, True, MISTRAL, tokenizer))
-    vocabulary = VocabularySource.of(tokenizer, tokenizer.vocab_size).load()
+    vocabulary = VocabularySource.of(tokenizer.source, tokenizer.vocab_size).load()
     output = [token_id, *fast.encode(f"[{NOON_JSON}, {NOON_JSON}]")]
     for token_ids, accepted in ((output, True), (fast.encode("[TOOL"), False)):
         matcher = Matcher(vocabulary.compile(grammar), vocabulary, may_end_early=True)
