@@ -227,7 +227,7 @@ def make_batch(
             return None
         slots = sorted({each.slot for ranges in selected for each in ranges})
         inner = pool.inner_of(kind, slots)
-        table = pool.tables[kind]
+        table = pool.table(kind)
         return _Present(
             op,
             table,
@@ -263,7 +263,7 @@ def _rows(
     """
     if bucket is None or pool.device.type == "cpu":
         return pool.rows_of(kind, slots)
-    return (True,) * len(pool.tables[kind].cells)
+    return (True,) * len(pool.table(kind).cells)
 
 
 def _linear_ops(ops: DeltaOps) -> tuple[tuple[type[Primitive], CorrectLinear], ...]:
@@ -325,9 +325,7 @@ def _input_transforms(
     else:  # nothing that was placed is on the device yet
         ranges_of_all = (np.arange(each.start, each.end) for ranges in passes for each in ranges)
         rows = place(np.concatenate(list(ranges_of_all)))
-    return _InputTransforms(
-        ops.spread_rows, ops.collect_outputs, present, rows, tuple(appended)
-    )
+    return _InputTransforms(ops.spread_rows, ops.collect_outputs, present, rows, tuple(appended))
 
 
 def _there(found: "Iterable[_Present[Op] | None]") -> "tuple[_Present[Op], ...]":

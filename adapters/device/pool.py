@@ -16,7 +16,7 @@ import torch
 
 from ...kernels.tables import PrimitiveTable
 from ..layout import BaseLayout
-from ..primitives.lowered import PRIMITIVE_TYPES, LoweredAdapter, Part
+from ..primitives.lowered import LoweredAdapter, Part
 from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
 from .copies import make_copies
 from .extents import ExtentError, Extents, Move
@@ -81,7 +81,6 @@ class AdapterPool:
         dtype: Of the base and of every number stored.
 
     Attributes:
-        tables: What the kernels read, by type of primitive; the same objects for the pool's life.
         device: Where the base lives.
         limit_bytes: Of the memory, from its end, in which adapters may lie; all of it at first.
     """
@@ -97,21 +96,12 @@ class AdapterPool:
         self._free_slots = list(reversed(range(num_slots)))
         self._installed: dict[Placement, _Installed] = {}
         self._inner_sizes: dict[int, Mapping[type[Primitive], int]] = {}
-        self._head_path = layout.head_path
         self._at_head: set[int] = set()
         self._copies = make_copies(self.device)
         self._memory = memory[: self._extents.capacity]
-        numbers, indices = self._memory.view(dtype), self._memory.view(torch.int32)
-        self.tables: Mapping[type[Primitive], PrimitiveTable] = {
-            each: PrimitiveTable(
-                _empty_cells(each, layout, num_slots, self.device), numbers, indices
-            )
-            for each in PRIMITIVE_TYPES
-        }
-        self._occupied: Mapping[type[Primitive], npt.NDArray[np.bool_]] = {
-            each: np.zeros((each.num_rows(layout), num_slots), dtype=np.bool_)
-            for each in PRIMITIVE_TYPES
-        }
+        self._layout, self._dtype = layout, dtype
+        self._tables: dict[type[Primitive], PrimitiveTable] = {}
+        self._occupied: dict[type[Primitive], npt.NDArray[np.bool_]] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -122,6 +112,21 @@ class AdapterPool:
     def free(self) -> PoolSize:
         """What another adapter may take."""
         return PoolSize(self.free_bytes, len(self._free_slots))
+
+    def table(self, kind: type[Primitive]) -> PrimitiveTable:
+        """What the kernels read of this type of primitive; the same object for the pool's life.
+
+        Made when it is first asked for: most types are never used, and each takes megabytes.
+        """
+        table = self._tables.get(kind)
+        if table is None:
+            rows, slots = kind.num_rows(self._layout), self._num_slots
+            shape = (rows, slots, kind.num_fields())
+            cells = torch.full(shape, _EMPTY, dtype=torch.int64, device=self.device)
+            numbers, indices = self._memory.view(self._dtype), self._memory.view(torch.int32)
+            table = self._tables[kind] = PrimitiveTable(cells, numbers, indices)
+            self._occupied[kind] = np.zeros((rows, slots), dtype=np.bool_)
+        return table
 
     def types_in(self, slot: int) -> Collection[type[Primitive]]:
         """The types of the primitives of the part in this slot."""
@@ -205,7 +210,7 @@ class AdapterPool:
         self._extents.release(installed.extents)
         for slot in placement.slots:
             for kind in self._inner_sizes.pop(slot):
-                self.tables[kind].cells[:, slot] = _EMPTY
+                self.table(kind).cells[:, slot] = _EMPTY
                 self._occupied[kind][:, slot] = False
             self._at_head.discard(slot)
             self._free_slots.append(slot)
@@ -222,7 +227,7 @@ class AdapterPool:
             raise ExtentError("some adapter slot is neither free nor in use, or both")
         if sorted(self._inner_sizes) != sorted(taken):
             raise ExtentError("the types of a free adapter slot are known, or of one in use not")
-        for kind, table in self.tables.items():
+        for kind, table in self._tables.items():
             if ((table.cells[:, :, 0] != _EMPTY).cpu().numpy() != self._occupied[kind]).any():
                 raise ExtentError(f"the table of {kind.__name__} differs from its books")
 
@@ -259,7 +264,7 @@ class AdapterPool:
         for each in part.primitives:
             places = [-2 - index_of[id(tensor)] for tensor in each.tensors]
             columns.setdefault(type(each), {})[each.row] = each.cell(places)
-            if each.path == self._head_path:
+            if each.path == self._layout.head_path:
                 self._at_head.add(slot)
         self._inner_sizes[slot] = {
             kind: max(each.inner_size for each in part.primitives if type(each) is kind)
@@ -278,15 +283,8 @@ class AdapterPool:
         places = np.array([address // item for address, item in pairs], dtype=np.int64)
         for slot, columns in installed.columns.items():
             for kind, each in columns.items():
-                column = self.tables[kind].cells[:, slot]
+                column = self.table(kind).cells[:, slot]
                 values = torch.from_numpy(each.at(places))
                 index = torch.tensor(each.rows).to(self.device, non_blocking=True)
                 column[index] = values.to(self.device, non_blocking=True)
                 self._occupied[kind][each.rows, slot] = True
-
-
-def _empty_cells(
-    kind: type[Primitive], layout: BaseLayout, num_slots: int, device: torch.device
-) -> torch.Tensor:
-    shape = (kind.num_rows(layout), num_slots, kind.num_fields())
-    return torch.full(shape, _EMPTY, dtype=torch.int64, device=device)

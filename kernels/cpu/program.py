@@ -189,6 +189,11 @@ class Recorder(TorchDispatchMode):
         self.parts: list[_Calls | _TorchCall] = []
         self._begin_calls()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep torch's compiler out, torch imports it, 130 MB that nothing else needs."""
+        return False
+
     def __enter__(self) -> "Recorder":
         """Begin."""
         self._library.recorder = self

@@ -1,4 +1,4 @@
-"""The operations of ``op`` in C++ (``cpu.cpp``): checks what they are given and passes addresses."""
+"""The operations of ``op`` in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
 import torch
 from torch import Tensor

@@ -44,8 +44,8 @@ TransformInput = Callable[[Tensor, PrimitiveTable, int, Segments], None]
 table row ``row``; the segments' weights are not used."""
 
 SpreadRows = Callable[[Tensor, Tensor, int], Tensor]
-"""spread_rows(x, chosen, copies): a new (rows + copies n, in), x (rows, in) and below it x[chosen] as
-many times; chosen (n,) int64, x dense in its last dimension."""
+"""spread_rows(x, chosen, copies): a new (rows + copies n, in), x (rows, in) and below it x[chosen]
+as many times; chosen (n,) int64, x dense in its last dimension."""
 
 CollectOutputs = Callable[[Tensor, Tensor, SiteTargets], Tensor]
 """collect_outputs(y, chosen, targets): y (rows + (targets - 1) n, out), contiguous, is changed in

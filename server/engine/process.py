@@ -81,12 +81,15 @@ def run_engine(config: EngineConfig, command_url: str, event_url: str) -> None:
 
 def _build(config: EngineConfig, mailbox: "_Mailbox") -> "tuple[Engine, HostTier, EngineInfo]":
     # Here and not above: the HTTP process imports this module too and has no use for torch.
+    from ...kernels.memory import give_back_freed
     from ..text.reader import read_tokenizer
     from .build import build_engine
 
     tokenizer = read_tokenizer(config.model_folder)
     mailbox.send([TokenizerRead(tokenizer)])
-    return build_engine(config, tokenizer)
+    built = build_engine(config, tokenizer)
+    give_back_freed()
+    return built
 
 
 def _serve(config: EngineConfig, mailbox: "_Mailbox") -> None:
