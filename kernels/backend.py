@@ -46,7 +46,7 @@ from .silu_mul import reference as silu_mul_reference
 from .silu_mul.compiled import CompiledSiluMul
 from .silu_mul.op import SiluMul
 from .sparse import reference as sparse_reference
-from .spectral.correction import SpectralCorrection
+from .spectral import reference as spectral_reference
 from .tables import CorrectLinear
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _reference_deltas() -> DeltaOps:
         correct_affine=affine_reference.correct_affine,
         add_dense=dense_reference.add_dense,
         add_sparse=sparse_reference.add_sparse,
-        add_spectral=SpectralCorrection(sparse_reference.add_sparse),
+        add_spectral=spectral_reference.add_spectral,
         add_kronecker=kronecker_reference.add_kronecker,
         add_circulant=circulant_reference.add_circulant,
         replace_outputs=output_rows_reference.replace_outputs,
@@ -199,8 +199,7 @@ def _compiled_deltas(library: Library) -> DeltaOps:
         correct_affine=CompiledCorrection(library, "correct_affine"),
         add_dense=CompiledCorrection(library, "add_dense"),
         add_sparse=CompiledCorrection(library, "add_sparse"),
-        # one of its own, which keeps the spectral table prepared beside the sparse one
-        add_spectral=SpectralCorrection(CompiledCorrection(library, "add_sparse")),
+        add_spectral=CompiledCorrection(library, "add_spectral"),
         add_kronecker=CompiledCorrection(library, "add_kronecker"),
         add_circulant=CompiledCorrection(library, "add_circulant"),
         replace_outputs=CompiledCorrection(library, "replace_outputs"),

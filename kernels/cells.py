@@ -43,11 +43,11 @@ class CellRows:
 
 
 def iter_cells(table: PrimitiveTable, row: int, segments: Segments) -> Iterator[CellRows]:
-    """The segments whose adapters have a cell in this row of the table, with their cells."""
+    """The segments with rows whose adapters have a cell in this row of the table, with that."""
     columns = (segments.start, segments.end, segments.adapter_slot, segments.weight)
     for start, end, slot, weight in zip(*(c.tolist() for c in columns), strict=True):
         fields = tuple(table.cells[row, slot].tolist())
-        if fields[0] >= 0:
+        if start < end and fields[0] >= 0:
             yield CellRows(slice(start, end), weight, fields, table)
 
 

@@ -21,7 +21,6 @@ from ...kernels.input_transform.op import CollectOutputs, SpreadRows, TransformI
 from ...kernels.linear.op import LinearOp
 from ...kernels.norm_override.op import OverrideNorm
 from ...kernels.side_attention.op import AddSideAttention
-from ...kernels.spectral.correction import SpectralCorrection
 from ...kernels.tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
 from ..layout import Half
 from ..primitives.embedding import EmbeddingAffine, EmbeddingRows
@@ -45,9 +44,8 @@ Place = Callable[[npt.NDArray[Any]], Tensor]
 """Brings an array to the device; it need not be there before kernels are launched."""
 
 
-NOT_RECORDED = frozenset({InputTransform, Spectral})
-"""What steps with prompts cannot be recorded with: it changes how many rows a product has, or
-prepares its table in every step."""
+NOT_RECORDED = frozenset({InputTransform})
+"""What steps with prompts cannot be recorded with: it changes how many rows a product has."""
 
 
 class RowRange(NamedTuple):
@@ -145,11 +143,6 @@ class AdapterBatch:
             if each is not None
             for segments in each.passes
         )
-
-    @property
-    def capturable(self) -> bool:
-        """Whether the step's launches depend on nothing but ``shape``."""
-        return not any(isinstance(each.op, SpectralCorrection) for each in self._linear)
 
     def linear(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
         """The site's output (rows, out) for x (rows, in), every row corrected by its adapters."""

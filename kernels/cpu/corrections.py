@@ -126,7 +126,7 @@ class CompiledCorrection:
         """
         rows, in_size = x.shape
         require(y.shape[0] == rows, f"{self._name}: x and y differ in rows")
-        error = self._kernels.over(table.numbers, y, x)(
+        error = self._kernels.of(y, x, table.numbers)(
             y.data_ptr(),
             y.stride(0),
             x.data_ptr(),

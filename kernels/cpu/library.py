@@ -71,10 +71,6 @@ class Library:
         function.argtypes, function.restype = list(arguments), result
         return function
 
-    def has(self, name: str) -> bool:
-        """Whether there is a function of that name."""
-        return hasattr(self._functions, name)
-
     def kernel(self, name: str, arguments: Sequence[Any], label: str = "") -> Kernel:
         """A kernel, whose calls can be recorded, under the label."""
         function: Kernel = self.function(name, arguments, ctypes.c_char_p)
@@ -98,8 +94,6 @@ class Kernels:
             dtype: library.kernel(f"{name}_{suffix}", arguments, name)
             for dtype, suffix in DTYPES.items()
         }
-        mixed = f"{name}_float32_bfloat16"
-        self._mixed = library.kernel(mixed, arguments, name) if library.has(mixed) else None
 
     def of(self, *tensors: Tensor) -> Kernel:
         """The function for tensors that share one dtype, lie on the CPU and are dense in rows.
@@ -117,17 +111,6 @@ class Kernels:
                 f"{self._name}: no CPU kernel for {dtype}; run the model in float32 or bfloat16"
             )
         return kernel
-
-    def over(self, weights: Tensor, *rows: Tensor) -> Kernel:
-        """As ``of``, but float32 rows may meet bfloat16 weights where there is a kernel for that.
-
-        Raises:
-            ValueError: See ``of``.
-        """
-        if self._mixed and (rows[0].dtype, weights.dtype) == (torch.float32, torch.bfloat16):
-            self.of(*rows)
-            return self._mixed
-        return self.of(*rows, weights)
 
     def _refusal(self, tensor: Tensor, dtype: torch.dtype) -> str:
         return (

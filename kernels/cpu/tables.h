@@ -62,9 +62,12 @@ INLINE int64_t product_of(Sizes... sizes) {
 
 // Whether every index is in 0 .. size - 1.
 INLINE bool all_below(const int32_t* indices, int64_t count, int64_t size) {
-    bool below = true;
-    for (int64_t i = 0; i < count; ++i) below &= indices[i] >= 0 && indices[i] < size;
-    return below;
+    uint32_t largest = 0;  // in which a negative one is larger than any size
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t index = static_cast<uint32_t>(indices[i]);
+        largest = index > largest ? index : largest;
+    }
+    return count == 0 || largest < size;
 }
 
 // One non-empty cell, whose tensors of T lie in the pool. What is found wrong is kept in `error`; a
@@ -143,7 +146,8 @@ const char* for_each_cell(const Table& table, int64_t place, const Segments& seg
 }
 
 // Calls compute(unit, scratch) for every unit; `scratch` is the running thread's own, as many floats
-// as asked for, with no value. compute returns what it found wrong in index tensors, or null; so does
+// as asked for, with no value, from the beginning of a line of cache: vectors that lie across two lines
+// take twice as long. compute returns what it found wrong in index tensors, or null; so does
 // this, when all units have run.
 template <class Unit, class Compute>
 const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t threads,
@@ -151,9 +155,12 @@ const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t t
     std::atomic<const char*> found{nullptr};
     const int64_t count = static_cast<int64_t>(units.size());
     share_tasks(count, threads, [&](Tasks& tasks) {
-        const std::unique_ptr<float[]> own(new float[scratch]);
+        const std::unique_ptr<float[]> own(new float[scratch + LANES]);
+        void* start = own.get();
+        size_t room = (scratch + LANES) * sizeof(float);
+        std::align(LANES * sizeof(float), scratch * sizeof(float), start, room);
         tasks.each([&](int64_t i) {
-            if (const char* error = compute(units[i], own.get())) found = error;
+            if (const char* error = compute(units[i], static_cast<float*>(start))) found = error;
         });
     });
     return found;
@@ -222,15 +229,18 @@ const char* correct_linear(const LinearCall<T>& call) {
     });
 }
 
-// The C function that corrections.py calls: rows of T, weights of W, OP a template over both.
-#define EXPORT_LINEAR(NAME, OP, T, W)                                                              \
+// The C function that corrections.py calls: over rows of T, with a function of a LinearCall<T>.
+#define EXPORT_CORRECTION(NAME, T, ...)                                                            \
     extern "C" const char* NAME(void* y, int64_t y_stride, const void* x, int64_t x_stride,        \
                                 int64_t rows, int64_t in_size, int64_t out_size,                   \
                                 const Table* table, const Targets* targets,                        \
                                 const Segments* segments, int64_t threads) {                       \
-        return correct_linear<OP<T, W>, W, T>({{static_cast<T*>(y), y_stride},                     \
-                                               {static_cast<const T*>(x), x_stride},               \
-                                               rows, in_size, out_size,                            \
-                                               *table, *targets, *segments, threads});             \
+        const LinearCall<T> call{{static_cast<T*>(y), y_stride},                                   \
+                                 {static_cast<const T*>(x), x_stride},                             \
+                                 rows, in_size, out_size, *table, *targets, *segments, threads};   \
+        return __VA_ARGS__(call);                                                                  \
     }                                                                                              \
     EXPORT_PACKED(NAME)
+
+// The same for OP, a template over T and W as correct_linear has it.
+#define EXPORT_LINEAR(NAME, OP, T, W) EXPORT_CORRECTION(NAME, T, correct_linear<OP<T, W>, W, T>)

@@ -3,6 +3,7 @@
 // (row, column) has PARTS accumulators that take its entries in turn, in either case.
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
+#include "entries.h"
 
 namespace {
 
@@ -35,47 +36,33 @@ template <class T, class W>
 struct Sparse {
     static constexpr int64_t BLOCK_ROWS = LANES;
 
-    int64_t count, in_size, out_size;
-    const int32_t *row_starts, *entry_columns;
-    const W* values;
+    Entries<W> entries;
 
-    Sparse(Cell<W>& cell, int64_t in_size, int64_t out_size)
-        : count(cell[0]), in_size(in_size), out_size(out_size),
-          row_starts(cell.indices(1, out_size + 1)), entry_columns(cell.indices(2, count)),
-          values(cell.numbers(3, count)) {}
+    Sparse(Cell<W>& cell, int64_t in_size, int64_t out_size) : entries(cell, in_size, out_size) {}
 
-    int64_t columns() const { return out_size; }
+    int64_t columns() const { return entries.out_size; }
     int64_t block_columns() const {
-        return padded(max_of(1, out_size * BLOCK_ENTRIES / max_of(1, count)));
+        return padded(max_of(1, columns() * BLOCK_ENTRIES / max_of(1, entries.count)));
     }
-    int64_t scratch() const { return in_size * LANES; }
+    int64_t scratch() const { return entries.in_size * LANES; }
 
     const char* compute(const Block<T>& block, float* scratch) const {
-        if (const char* error = check(block.column, block.columns)) return error;
+        if (const char* error = entries.check(block.column, block.columns)) return error;
         if (block.rows == 1) add_row(block, scratch);
         else add_rows(block, scratch);
         return nullptr;
     }
 
    private:
-    const char* check(int64_t column, int64_t columns) const {
-        const int32_t* starts = row_starts + column;
-        bool ascending = starts[0] >= 0 && starts[columns] <= count;
-        for (int64_t o = 0; o < columns; ++o) ascending &= starts[o] <= starts[o + 1];
-        if (!ascending) return "a sparse matrix's row starts do not ascend within its entries";
-        if (!all_below(entry_columns + starts[0], starts[columns] - starts[0], in_size))
-            return "a sparse matrix has a column outside the input";
-        return nullptr;
-    }
-
     template <class Input>
     auto sum_of(Input x, int64_t o) const {
-        const int64_t first = row_starts[o];
-        return row_sum(x, values + first, entry_columns + first, row_starts[o + 1] - first);
+        const int64_t first = entries.row_starts[o];
+        return row_sum(x, entries.values + first, entries.columns + first,
+                       entries.row_starts[o + 1] - first);
     }
 
     void add_row(const Block<T>& block, float* x) const {
-        widen(block.x.data, in_size, x);
+        widen(block.x.data, entries.in_size, x);
         for_groups(block.columns, LANES, [&](int64_t i, auto... n) {
             Floats delta = {};
             T* y = block.y.data + block.column + i;
@@ -86,7 +73,7 @@ struct Sparse {
     }
 
     void add_rows(const Block<T>& block, float* x) const {
-        transpose(block.x, block.rows, in_size, {x, LANES});
+        transpose(block.x, block.rows, entries.in_size, {x, LANES});
         for_groups(block.columns, LANES, [&](int64_t i, auto... n) {
             Floats delta[LANES] = {};
             for (int64_t k = 0; k < min_of(LANES, block.columns - i); ++k)
@@ -104,4 +91,3 @@ struct Sparse {
 
 EXPORT_LINEAR(add_sparse_float32, Sparse, float, float)
 EXPORT_LINEAR(add_sparse_bfloat16, Sparse, bfloat16, bfloat16)
-EXPORT_LINEAR(add_sparse_float32_bfloat16, Sparse, float, bfloat16)

@@ -12,10 +12,11 @@ def add_sparse(
     y: Tensor, x: Tensor, table: PrimitiveTable, targets: SiteTargets, segments: Segments
 ) -> None:
     """y[i:j, columns(t)] += w x[i:j] S(t, s)ᵀ; y and x may be float32 whatever the pool's dtype."""
-    add_weighted(y, x, table, targets, segments, _delta)
+    add_weighted(y, x, table, targets, segments, times_entries)
 
 
-def _delta(x: Tensor, found: CellRows, width: int) -> Tensor:
+def times_entries(x: Tensor, found: CellRows, width: int) -> Tensor:
+    """x Sᵀ (rows, width) for x (rows, in)."""
     cell = Cell(*found.fields)
     row_starts = found.indices(cell.row_starts, width + 1)
     columns = found.indices(cell.columns, cell.num_entries)

@@ -57,12 +57,6 @@ class StepInputs:
         adapters = (self.deltas, self.head_deltas)
         return (self.batch.shape, *(each and each.shape for each in adapters))
 
-    @property
-    def capturable(self) -> bool:
-        """Whether steps of one shape make the same launches: then one can stand for all."""
-        adapters = (self.deltas, self.head_deltas)
-        return all(each is None or each.capturable for each in adapters)
-
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
@@ -212,7 +206,7 @@ class Runner:
         def compute() -> Tensor:
             return self._decoder.logits(self._forward(inputs), inputs.head_deltas)
 
-        if self._graphs is None or self._stage.overflowed or not inputs.capturable:
+        if self._graphs is None or self._stage.overflowed:
             return compute()
         return self._graphs.run(inputs.shape, compute)
 

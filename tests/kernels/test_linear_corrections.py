@@ -516,16 +516,14 @@ def test_tables_and_targets_that_do_not_fit_are_refused(
     assert torch.equal(y, torch.ones(3, 12))
 
 
-@pytest.mark.parametrize("backend", ["compiled", "interpreted"])
-def test_only_a_sparse_product_takes_float32_rows_over_bfloat16_weights(
-    request: pytest.FixtureRequest, backend: str
+def test_on_a_gpu_only_a_sparse_product_takes_float32_rows_over_bfloat16_weights(
+    interpreted: Backend,
 ) -> None:
-    deltas = request.getfixturevalue(backend).deltas
     rows, segments = torch.ones(3, 12), segments_of([(0, 3, 0, 1.0)])
     for case in ("sparse", "dense"):
         name, make = OPERATIONS[case]
         site = make_site(make, torch.bfloat16, 12, (12,))
-        correct: CorrectLinear = getattr(deltas, name)
+        correct: CorrectLinear = getattr(interpreted.deltas, name)
         if case == "sparse":
             y = rows.clone()
             correct(y, rows, site.table, site.targets, segments)
@@ -534,3 +532,61 @@ def test_only_a_sparse_product_takes_float32_rows_over_bfloat16_weights(
         else:
             with pytest.raises(ValueError, match="bfloat16"):
                 correct(rows, rows, site.table, site.targets, segments)
+
+
+SPECTRAL_SIZES = (
+    (2, (1009, 4)),  # a prime that is transformed by its definition
+    (1009, (2, 1)),
+    (2 * 19 * 19, (16, 50, 3)),
+    (7 * 9, (7 * 25, 49)),
+    (1536, (576,)),
+    (576, (1536, 192)),
+    (8 * 43, (8 * 43,)),
+)
+
+
+@pytest.mark.parametrize(("in_size", "widths"), SPECTRAL_SIZES)
+@pytest.mark.parametrize("rows_each", [1, 5])
+def test_transforms_of_any_size(
+    compiled: Backend, dtype: torch.dtype, in_size: int, widths: tuple[int, ...], rows_each: int
+) -> None:
+    site = make_site(spectral, dtype, in_size, widths, slots=2)
+    groups = [(0, rows_each, 0, 1.0), (rows_each, 2 * rows_each, 1, -0.5)]
+    check(compiled.deltas.add_spectral, site, dtype, 2 * rows_each, groups)
+
+
+def with_places_of_the_first(pool: Pool, rng: torch.Generator, i: int, o: int) -> Delta:
+    """Frequencies that stand where every other call's do, but are others."""
+    mask = torch.rand(o, i, generator=torch.Generator().manual_seed(5)) < 0.2
+    spectrum = randn(pool, rng, o, i) * mask
+    starts = torch.cat((torch.zeros(1), mask.sum(1).cumsum(0))).int()
+    columns, values = mask.nonzero()[:, 1].int(), spectrum[mask]
+    cell = SparseCell(values.numel(), pool.put(starts), pool.put(columns), pool.put(values))
+    weight, terms = torch.fft.ifft2(spectrum.double()).real, spectrum.double().abs().mean()
+    return Delta(cell, weight, terms.expand(weight.shape))
+
+
+@pytest.mark.parametrize("seventh", [spectral, with_places_of_the_first])
+def test_adapters_whose_frequencies_stand_at_the_same_places(
+    compiled: Backend, dtype: torch.dtype, seventh: Make
+) -> None:
+    """They are multiplied side by side, with those that have nothing at one of the targets."""
+    made = iter([*[with_places_of_the_first] * 6, seventh] * 2)
+
+    def make(pool: Pool, rng: torch.Generator, in_size: int, out_size: int) -> Delta:
+        return next(made)(pool, rng, in_size, out_size)
+
+    site = make_site(make, dtype, 60, (70, 96), slots=7)
+    groups = [(slot, slot + 1, slot, 1.0 + slot) for slot in range(7)]
+    correct = compiled.deltas.add_spectral
+    check(correct, site, dtype, 7, groups)
+    rng = torch.Generator().manual_seed(6)
+    x, y = torch.randn(7, 60, generator=rng).to(dtype), torch.zeros(7, 167, dtype=dtype)
+    x[2] = float("nan")
+    together = y.clone()
+    with num_threads(1):
+        correct(together, x, site.table, site.targets, segments_of(groups))
+    for row, group in enumerate(groups):
+        alone = y[:1].clone()
+        correct(alone, x[row : row + 1], site.table, site.targets, segments_of([(0, 1, *group[2:])]))
+        assert same_bits(alone, together[row : row + 1])
