@@ -1,7 +1,7 @@
 """Sparse weight differences: ``y[i:j, columns(t)] += w x[i:j] S(t, s)ᵀ``; a ``CorrectLinear``.
 
 S (out, in) is stored by rows (CSR): row o has the entries ``row_starts[o] .. row_starts[o + 1]``.
-Rows of float32 may meet a bfloat16 pool, for ``spectral``.
+On a GPU rows of float32 may meet a pool of 16 bits, for ``spectral``.
 """
 
 from typing import NamedTuple

@@ -18,4 +18,5 @@ def add_spectral(
 def _delta(x: Tensor, found: CellRows, width: int) -> Tensor:
     bins = torch.fft.ifft(x)
     real, imaginary = (times_entries(part, found, width) for part in (bins.real, bins.imag))
-    return torch.fft.ifft(torch.complex(real, imaginary)).real
+    delta: Tensor = torch.fft.ifft(torch.complex(real, imaginary)).real
+    return delta
