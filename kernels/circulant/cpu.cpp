@@ -1,55 +1,55 @@
 // add_circulant on the CPU, as correlations: y_m[p] += w sum_n sum_d K[m, n, d] x_n[(p + d) mod b].
-// Each x_n is written twice in a row, so that every shift d of it can be read in whole vectors; a unit
-// of work is BLOCKS blocks of y, which share these reads. Each y_m[p] has one accumulator, over n and d.
+// A unit of work is up to sixteen rows of one segment and a few blocks of y. In bfloat16 the matrix unit
+// computes it, where there is one and its tiles fit the blocks.
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
+#include "matrix_tiles.h"
 
 namespace {
 
-constexpr int BLOCKS = 4;
+// With vectors: each x_n is written twice in a row, so that every shift d of it can be read in whole
+// vectors, and the blocks of y share these reads. Each y_m[p] has one accumulator, over n and d.
+template <class W>
+class VectorCirculant {
+    const CirculantKernel<W>& kernel;
+    const int64_t b, in_size;
+    float *taps, *twice;  // K (BLOCKS, in) and x, widened
+    const Matrix<float> sums;
 
-template <class T, class W>
-struct Circulant {
-    static constexpr int64_t BLOCK_ROWS = 16;
+  public:
+    static constexpr int64_t BLOCKS = 4;
 
-    int64_t b, in_size, out_size;
-    const W* kernel;
-
-    Circulant(Cell<W>& cell, int64_t in_size, int64_t out_size)
-        : b(cell[0]), in_size(in_size), out_size(out_size) {
-        if (b > 0 && in_size % b == 0 && out_size % b == 0)
-            kernel = cell.numbers(1, out_size / b, in_size);
-        else cell.error = "a circulant block's size does not divide the target's";
+    static int64_t scratch(const CirculantKernel<W>& kernel) {
+        const int64_t b = kernel.b, in_size = kernel.in_size;
+        return BLOCKS * (in_size + padded(b)) + in_size / b * doubled(b);
     }
 
-    int64_t columns() const { return out_size; }
-    int64_t block_columns() const { return BLOCKS * b; }
-    int64_t scratch() const { return BLOCKS * (in_size + padded(b)) + in_size / b * doubled(); }
+    VectorCirculant(const CirculantKernel<W>& kernel, float* scratch)
+        : kernel(kernel), b(kernel.b), in_size(kernel.in_size), taps(scratch),
+          twice(taps + BLOCKS * in_size), sums{twice + in_size / b * doubled(b), padded(b)} {}
 
-    const char* compute(const Block<T>& block, float* scratch) const {
-        float* taps = scratch;
-        float* twice = taps + BLOCKS * in_size;
-        const Matrix<float> sums{twice + in_size / b * doubled(), padded(b)};
+    template <class T>
+    void correct(const Block<T>& block) const {
         const int64_t blocks = block.columns / b;
-        const W* rows = kernel + block.column / b * in_size;
-        widen(rows, blocks * in_size, taps);
+        widen(kernel.numbers + block.column / b * in_size, blocks * in_size, taps);
         for (int64_t r = 0; r < block.rows; ++r) {
-            write_twice(block.x.row(r), twice);
-            if (blocks == BLOCKS) correlate_all<BLOCKS>(taps, twice, sums);
+            write_twice(block.x.row(r));
+            if (blocks == BLOCKS) correlate_all<BLOCKS>(taps, sums);
             else
                 for (int64_t m = 0; m < blocks; ++m)
-                    correlate_all<1>(taps + m * in_size, twice, sums.from(m));
+                    correlate_all<1>(taps + m * in_size, sums.from(m));
             add_weighted<T>({block.y.row(r) + block.column, b}, sums, blocks, b, block.weight);
         }
-        return nullptr;
     }
 
-   private:
+  private:
     // Room for one x_n twice; what whole vectors read beyond that goes into no sum that is used.
-    int64_t doubled() const { return b + padded(b); }
+    static int64_t doubled(int64_t b) { return b + padded(b); }
 
-    void write_twice(const T* x, float* out) const {
-        for (int64_t k = 0; k < in_size; k += b, out += doubled())
+    template <class T>
+    void write_twice(const T* x) const {
+        float* out = twice;
+        for (int64_t k = 0; k < in_size; k += b, out += doubled(b))
             for_groups(b, LANES, [&](int64_t i, auto... n) {
                 const Floats v = load(x + k + i, n...);
                 store(out + i, v, n...);
@@ -59,7 +59,7 @@ struct Circulant {
 
     // sums (M, b) from taps (M, in)
     template <int M>
-    void correlate_all(const float* taps, const float* twice, Matrix<float> sums) const {
+    void correlate_all(const float* taps, Matrix<float> sums) const {
         int64_t p = 0;
         for (; p + 4 * LANES <= padded(b); p += 4 * LANES)
             correlate<M, 4>(taps, twice + p, sums.from(0, p));
@@ -69,7 +69,7 @@ struct Circulant {
     template <int M, int C>
     void correlate(const float* taps, const float* twice, Matrix<float> sums) const {
         Floats acc[M][C] = {};
-        for (int64_t n = 0; n < in_size; n += b, twice += doubled())
+        for (int64_t n = 0; n < in_size; n += b, twice += doubled(b))
             for (int64_t d = 0; d < b; ++d) {
                 Floats tap[M];
                 for (int m = 0; m < M; ++m) tap[m] = splat(taps[m * in_size + n + d]);
@@ -80,6 +80,67 @@ struct Circulant {
             }
         for (int m = 0; m < M; ++m)
             for (int c = 0; c < C; ++c) store(sums.row(m) + c * LANES, acc[m][c]);
+    }
+};
+
+template <class W>
+int64_t blocks_of(const CirculantKernel<W>&) {
+    return VectorCirculant<W>::BLOCKS;
+}
+
+template <class W>
+int64_t scratch_of(const CirculantKernel<W>& kernel) {
+    return VectorCirculant<W>::scratch(kernel);
+}
+
+template <class T, class W>
+void correct(const CirculantKernel<W>& kernel, const Block<T>& block, float* scratch) {
+    VectorCirculant<W>(kernel, scratch).correct(block);
+}
+
+#ifdef HAS_AMX
+
+bool on_tiles(const CirculantKernel<bfloat16>& kernel) {
+    return matrix_unit() && MatrixCirculant::fits(kernel);
+}
+
+int64_t blocks_of(const CirculantKernel<bfloat16>& kernel) {
+    return on_tiles(kernel) ? MatrixCirculant::BLOCKS : blocks_of<bfloat16>(kernel);
+}
+
+int64_t scratch_of(const CirculantKernel<bfloat16>& kernel) {
+    return on_tiles(kernel) ? MatrixCirculant::scratch(kernel) : scratch_of<bfloat16>(kernel);
+}
+
+void correct(const CirculantKernel<bfloat16>& kernel, const Block<bfloat16>& block, float* scratch) {
+    if (on_tiles(kernel)) MatrixCirculant(kernel, scratch).correct(block);
+    else correct<bfloat16, bfloat16>(kernel, block, scratch);
+}
+
+#endif
+
+template <class T, class W>
+struct Circulant {
+    static constexpr int64_t BLOCK_ROWS = 16;
+
+    int64_t out_size;
+    CirculantKernel<W> kernel;
+
+    Circulant(Cell<W>& cell, int64_t in_size, int64_t out_size)
+        : out_size(out_size), kernel{cell[0], in_size, nullptr} {
+        const int64_t b = kernel.b;
+        if (b > 0 && in_size % b == 0 && out_size % b == 0)
+            kernel.numbers = cell.numbers(1, out_size / b, in_size);
+        else cell.error = "a circulant block's size does not divide the target's";
+    }
+
+    int64_t columns() const { return out_size; }
+    int64_t block_columns() const { return blocks_of(kernel) * kernel.b; }
+    int64_t scratch() const { return scratch_of(kernel); }
+
+    const char* compute(const Block<T>& block, float* scratch) const {
+        correct(kernel, block, scratch);
+        return nullptr;
     }
 };
 

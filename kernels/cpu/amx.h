@@ -48,7 +48,11 @@ struct alignas(64) TileConfig {
 // The tiles are in use, shaped like this, for as long as the object lives.
 class TilesInUse {
   public:
-    explicit TilesInUse(const TileConfig& config) { _tile_loadconfig(&config); }
+    explicit TilesInUse(const TileConfig& config) {
+        // GCC is only told that the instruction reads the first eight bytes, and may store none but those.
+        asm volatile("" : : "m"(config));
+        _tile_loadconfig(&config);
+    }
     ~TilesInUse() { _tile_release(); }
     TilesInUse(const TilesInUse&) = delete;
     TilesInUse& operator=(const TilesInUse&) = delete;

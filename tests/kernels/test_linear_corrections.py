@@ -345,6 +345,25 @@ def test_every_number_of_rows(
     check(getattr(compiled.deltas, name), site, dtype, rows, [(0, rows, 0, 1.0)])
 
 
+@pytest.mark.parametrize(
+    ("block", "in_size", "width"),
+    [(32, 96, 544), (64, 1536, 1216), (96, 192, 96), (160, 320, 160)],
+)
+def test_circulant_blocks_that_fit_the_matrix_unit(
+    compiled: Backend, dtype: torch.dtype, block: int, in_size: int, width: int
+) -> None:
+    """Of one strip of columns and more, and of more inputs than are made into tiles at once."""
+    site = make_site(circulant(block), dtype, in_size, (width,))
+    check(compiled.deltas.add_circulant, site, dtype, 19, [(0, 1, 0, -0.5), (1, 19, 0, 1.0)])
+    rng = torch.Generator().manual_seed(5)
+    x = torch.randn(19, in_size, generator=rng).to(dtype)
+    together, alone = torch.zeros(2, 19, width, dtype=dtype)
+    for y, first in ((together, 0), (alone, 18)):
+        segments = segments_of([(first, 19, 0, 1.0)])
+        compiled.deltas.add_circulant(y, x, site.table, site.targets, segments)
+    assert same_bits(alone[18], together[18])
+
+
 @pytest.mark.parametrize("backend", ["compiled", "reference", "interpreted"])
 def test_no_segments_and_no_targets(
     request: pytest.FixtureRequest, backend: str, operation: tuple[str, Make], dtype: torch.dtype
@@ -478,7 +497,7 @@ def test_sizes_that_cannot_be_are_refused(
         ("output-rows", 1, 0, -1, "outside the target"),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 def test_indices_that_reach_outside_are_refused(
     compiled: Backend, case: str, field: int, at: int, value: int, words: str, rows: int
 ) -> None:
