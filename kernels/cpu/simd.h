@@ -27,6 +27,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+INLINE int64_t min_of(int64_t a) { return a; }
 INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -167,6 +168,24 @@ INLINE void store_pack(T* p, Pack<T> pack, int64_t n) {
     T padded[Pack<T>::SIZE];
     store_pack(padded, pack);
     std::memcpy(p, padded, n * sizeof(T));
+}
+#endif
+
+// ---- gathered
+
+#ifdef MASKED_MEMORY
+// sum += factors x[indices] for LANES indices, or for n of them. A lane whose index is not in
+// 0 .. size - 1 reads nothing and stays as it is. Returns whether there was none.
+template <class... N>
+INLINE bool add_gathered(Floats& sum, Floats factors, const float* x, int64_t size,
+                         const int32_t* indices, N... n) {
+    const __mmask16 wanted = first_of(min_of(LANES, n...));
+    const __m512i at = _mm512_maskz_loadu_epi32(wanted, indices);
+    const __m512i bound = _mm512_set1_epi32(static_cast<int32_t>(min_of(size, INT32_MAX)));
+    const __mmask16 inside = _mm512_mask_cmplt_epu32_mask(wanted, at, bound);
+    const __m512 found = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, at, x, sizeof(float));
+    sum = (Floats)_mm512_mask3_fmadd_ps((__m512)factors, found, (__m512)sum, inside);
+    return inside == wanted;
 }
 #endif
 
