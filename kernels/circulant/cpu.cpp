@@ -31,7 +31,7 @@ class VectorCirculant {
     template <class T>
     void correct(const Block<T>& block) const {
         const int64_t blocks = block.columns / b;
-        widen(kernel.numbers + block.column / b * in_size, blocks * in_size, taps);
+        widen(kernel.rows(block.column), blocks * in_size, taps);
         for (int64_t r = 0; r < block.rows; ++r) {
             write_twice(block.x.row(r));
             if (blocks == BLOCKS) correlate_all<BLOCKS>(taps, sums);
@@ -94,7 +94,7 @@ int64_t scratch_of(const CirculantKernel<W>& kernel) {
 }
 
 template <class T, class W>
-void correct(const CirculantKernel<W>& kernel, const Block<T>& block, float* scratch) {
+void correct(const CirculantKernel<W>& kernel, const Block<T>& block, float* scratch, Ahead) {
     VectorCirculant<W>(kernel, scratch).correct(block);
 }
 
@@ -112,9 +112,10 @@ int64_t scratch_of(const CirculantKernel<bfloat16>& kernel) {
     return on_tiles(kernel) ? MatrixCirculant::scratch(kernel) : scratch_of<bfloat16>(kernel);
 }
 
-void correct(const CirculantKernel<bfloat16>& kernel, const Block<bfloat16>& block, float* scratch) {
-    if (on_tiles(kernel)) MatrixCirculant(kernel, scratch).correct(block);
-    else correct<bfloat16, bfloat16>(kernel, block, scratch);
+void correct(const CirculantKernel<bfloat16>& kernel, const Block<bfloat16>& block, float* scratch,
+             Ahead ahead) {
+    if (on_tiles(kernel)) MatrixCirculant(kernel, scratch, ahead).correct(block);
+    else correct<bfloat16, bfloat16>(kernel, block, scratch, ahead);
 }
 
 #endif
@@ -138,8 +139,12 @@ struct Circulant {
     int64_t block_columns() const { return blocks_of(kernel) * kernel.b; }
     int64_t scratch() const { return scratch_of(kernel); }
 
-    const char* compute(const Block<T>& block, float* scratch) const {
-        correct(kernel, block, scratch);
+    Ahead reads(const Block<T>& block) const {
+        return {kernel.rows(block.column), block.columns / kernel.b * kernel.in_size};
+    }
+
+    const char* compute(const Block<T>& block, float* scratch, Ahead ahead) const {
+        correct(kernel, block, scratch, ahead);
         return nullptr;
     }
 };

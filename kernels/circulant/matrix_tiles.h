@@ -18,6 +18,9 @@ template <class W>
 struct CirculantKernel {
     int64_t b, in_size;
     const W* numbers;
+
+    // The rows for the block of y that begins at this column and those behind it.
+    const W* rows(int64_t column) const { return numbers + column / b * in_size; }
 };
 
 #ifdef HAS_AMX
@@ -31,6 +34,7 @@ class MatrixCirculant {
     const int64_t b, in_size;
     float* sums;    // (BLOCKS, b)
     Words* halves;  // (chunk, b / 16 + 1, HALF): of X_n's tiles, the first once more behind the last
+    Ahead ahead;
 
   public:
     static constexpr int64_t BLOCKS = TILE_ROWS;  // of y at once, at most
@@ -44,16 +48,16 @@ class MatrixCirculant {
         return BLOCKS * b + chunk_of(b) * halves_of(b) * HALF * LANES;
     }
 
-    MatrixCirculant(const CirculantKernel<bfloat16>& kernel, float* scratch)
+    MatrixCirculant(const CirculantKernel<bfloat16>& kernel, float* scratch, Ahead ahead)
         : kernel(kernel), b(kernel.b), in_size(kernel.in_size), sums(scratch),
-          halves(reinterpret_cast<Words*>(sums + BLOCKS * b)) {}
+          halves(reinterpret_cast<Words*>(sums + BLOCKS * b)), ahead(ahead) {}
 
     void correct(const Block<bfloat16>& block) {
         const int64_t blocks = block.columns / b;
         TileConfig config;  // 0 .. 3 are sums, 4 is of K, 5 .. 7 are of X
         for (int tile = 0; tile <= STRIP; ++tile) config.shape(tile, blocks, TILE_BYTES);
         const TilesInUse in_use(config);
-        const bfloat16* rows = kernel.numbers + block.column / b * in_size;
+        const bfloat16* rows = kernel.rows(block.column);
         for (int64_t r = 0; r < block.rows; ++r) {
             correlate(block.x.row(r), rows);
             add_weighted<bfloat16>({block.y.row(r) + block.column, b}, {sums, b}, blocks, b,
@@ -68,7 +72,7 @@ class MatrixCirculant {
     static int64_t chunk_of(int64_t b) { return max_of(1, CHUNK_INS / b); }
 
     // sums (blocks, b) of a row x, from `rows` of K
-    void correlate(const bfloat16* x, const bfloat16* rows) const {
+    void correlate(const bfloat16* x, const bfloat16* rows) {
         const int64_t step = chunk_of(b) * b;
         for (int64_t in = 0; in < in_size; in += step) {
             const int64_t count = min_of(step, in_size - in);
@@ -119,7 +123,7 @@ class MatrixCirculant {
 
     // Four tiles of sums from p on, or two, over `count` inputs more.
     template <bool FOUR>
-    void multiply(const bfloat16* rows, int64_t count, int64_t p, bool first) const {
+    void multiply(const bfloat16* rows, int64_t count, int64_t p, bool first) {
         const int64_t stride = in_size * static_cast<int64_t>(sizeof(bfloat16));
         const int64_t bytes = b * static_cast<int64_t>(sizeof(float));
         float* to = sums + p;
@@ -145,6 +149,7 @@ class MatrixCirculant {
                     const int64_t at = d + p + t * TILE_OUTS;
                     return tiles + (at < b ? at : at - b) / TILE_OUTS * HALF;
                 };
+                ahead.fetch(TILE_ROWS);
                 _tile_loadd(4, rows + n + d, stride);
                 _tile_loadd(5, tile(0), TILE_BYTES);
                 _tile_dpbf16ps(0, 4, 5);

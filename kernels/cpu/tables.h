@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -178,6 +179,24 @@ struct Block {
     float weight;
 };
 
+// What the next unit reads, to be brought near while this one is computed.
+class Ahead {
+  public:
+    Ahead() = default;
+    template <class W>
+    Ahead(const W* from, int64_t count)
+        : next(reinterpret_cast<const char*>(from)), end(next + count * sizeof(W)) {}
+
+    // Asks for some lines more; does nothing when all have been asked for.
+    INLINE_MEMBER void fetch(int64_t lines) {
+        for (; lines > 0 && next < end; --lines, next += LINE) __builtin_prefetch(next, 0, 2);
+    }
+
+  private:
+    static constexpr int64_t LINE = 64;
+    const char *next = nullptr, *end = nullptr;
+};
+
 template <class T>
 struct LinearCall {
     Matrix<T> y;
@@ -195,7 +214,15 @@ struct LinearCall {
 //   int64_t columns() const                                      what is split into units: out_size,
 //   int64_t block_columns() const                                columns of a unit, at most,
 //   int64_t scratch() const                                      floats that a unit needs,
-//   const char* compute(const Block<T>&, float* scratch) const   the unit; what was wrong, or null.
+//   const char* compute(const Block<T>&, float* scratch) const   the unit; what was wrong, or null,
+// or, where memory is what it waits for,
+//   Ahead reads(const Block<T>&) const                           what compute reads of the adapter,
+//   const char* compute(const Block<T>&, float* scratch, Ahead) const   with that of the next unit.
+template <class Op, class = void>
+constexpr bool FETCHES = false;
+template <class Op>
+constexpr bool FETCHES<Op, std::void_t<decltype(&Op::reads)>> = true;
+
 template <class Op, class W, class T>
 const char* correct_linear(const LinearCall<T>& call) {
     struct Unit {
@@ -224,8 +251,14 @@ const char* correct_linear(const LinearCall<T>& call) {
                                              call.rows, add);
         if (error) return error;
     }
-    return run_units(units, scratch, call.threads, [](const Unit& unit, float* own) {
-        return unit.op.compute(unit.block, own);
+    return run_units(units, scratch, call.threads, [&](const Unit& unit, float* own) {
+        if constexpr (FETCHES<Op>) {
+            const Unit* next = &unit + 1;  // most likely this thread's
+            const bool last = next == units.data() + units.size();
+            return unit.op.compute(unit.block, own, last ? Ahead() : next->op.reads(next->block));
+        } else {
+            return unit.op.compute(unit.block, own);
+        }
     });
 }
 
