@@ -67,4 +67,3 @@ struct Sparse {
 
 EXPORT_LINEAR(add_sparse_float32, Sparse, float, float)
 EXPORT_LINEAR(add_sparse_bfloat16, Sparse, bfloat16, bfloat16)
-EXPORT_LINEAR(add_sparse_float32_bfloat16, Sparse, float, bfloat16)
