@@ -1,19 +1,21 @@
 """Runs the tests of the kernels on the GPU: what the interpreter proved must hold there as well.
 
-Each test file has a process of its own, since an illegal access to memory is the end of all CUDA
-work in a process.
+They run in as many processes as there are cores, since most of their time goes into compiling
+kernels. An illegal access to memory is the end of all CUDA work in a process: the test that made it
+ends its process, and pytest-xdist starts another for the rest (``tests/kernels/conftest.py``).
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
-from .gpu_section import Options, say
+from .gpu_section import Options
 from .markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,7 @@ class FileResult:
         file: Its name.
         tests: That ran.
         failed: Those of them that failed: name, and the last line of why.
-        seconds: They took.
+        seconds: They took, one after another.
     """
 
     file: str
@@ -65,23 +67,25 @@ def measure(_: Options) -> Parity:
         ValueError: There are no tests here.
         RuntimeError: pytest broke off.
     """
-    files = sorted((ROOT / TESTS).glob("test_*.py"))
-    if not files:
+    folder = ROOT / TESTS
+    if not any(folder.glob("test_*.py")):
         raise ValueError(f"there is no {TESTS} in {ROOT}: run the check from a checkout")
-    return Parity(tuple(_results(files)))
+    with TemporaryDirectory() as written:
+        report = Path(written) / "report.xml"
+        status = _pytest(folder, report)
+        if status == _NOTHING_TO_RUN:
+            return Parity(())
+        if status not in _RAN:
+            raise RuntimeError(f"pytest {TESTS} ended with {status}; see above")
+        return Parity(tuple(read_junit(report.read_text("utf-8"))))
 
 
-def read_junit(file: str, text: str) -> FileResult:
-    """Of pytest's report in JUnit's format."""
-    cases = list(ElementTree.fromstring(text).iter("testcase"))
-    failed = [
-        f"{case.get('name')}: {_last_line(problem)}"
-        for case in cases
-        for problem in case
-        if problem.tag in ("failure", "error")
-    ]
-    seconds = sum(float(case.get("time", 0)) for case in cases)
-    return FileResult(file, len(cases), tuple(failed), round(seconds, 1))
+def read_junit(text: str) -> Sequence[FileResult]:
+    """Of pytest's report in JUnit's format, by file."""
+    by_file: defaultdict[str, list[ElementTree.Element]] = defaultdict(list)
+    for case in ElementTree.fromstring(text).iter("testcase"):
+        by_file[_file(case)].append(case)
+    return [_result(file, cases) for file, cases in sorted(by_file.items())]
 
 
 def render(parity: Parity) -> str:
@@ -93,25 +97,34 @@ def render(parity: Parity) -> str:
     return table(("file", "tests", "failed", "seconds"), rows)
 
 
-def _results(files: Sequence[Path]) -> Iterator[FileResult]:
-    for file in files:
-        say(f"{file.name}:")
-        with TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            status = _pytest(file, report)
-            if status in _RAN:
-                yield read_junit(file.name, report.read_text("utf-8"))
-            elif status != _NOTHING_TO_RUN:
-                raise RuntimeError(f"pytest {file.name} ended with {status}; see above")
+def _file(case: ElementTree.Element) -> str:
+    """The name of the file that a test is in, which pytest gives as a module's."""
+    return case.get("classname", "").rpartition(".")[2] + ".py"
 
 
-def _pytest(file: Path, report: Path) -> int:
+def _result(file: str, cases: Sequence[ElementTree.Element]) -> FileResult:
+    failed = [
+        f"{case.get('name')}: {_last_line(problem)}"
+        for case in cases
+        for problem in case
+        if problem.tag in ("failure", "error")
+    ]
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    return FileResult(file, len(cases), tuple(failed), round(seconds, 1))
+
+
+def _pytest(folder: Path, report: Path) -> int:
     environment = {**os.environ, "DELTAMUX_TEST_GPU": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}"]
+    processes = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     # Its output is progress: standard output is the report's.
     done = subprocess.run(
-        [*command, str(file)], cwd=ROOT, env=environment, stdout=sys.stderr.fileno(), check=False
+        [*command, *processes, str(folder)],
+        cwd=ROOT,
+        env=environment,
+        stdout=sys.stderr.fileno(),
+        check=False,
     )
     return done.returncode
 

@@ -188,31 +188,29 @@ def test_nothing_replayed_is_a_fault() -> None:
 
 JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" errors="1" failures="1" tests="3" time="2.5">
-<testcase classname="t" name="test_good[interpreted]" time="1.25" />
-<testcase classname="t" name="test_bad[interpreted]" time="1.0">
+<testcase classname="tests.kernels.test_b" name="test_good[interpreted]" time="1.25" />
+<testcase classname="tests.kernels.test_b" name="test_bad[interpreted]" time="1.0">
 <failure message="AssertionError: 3 &lt; 2&#10;assert False">long</failure></testcase>
-<testcase classname="t" name="test_broken" time="0.25"><error message="">no GPU
+<testcase classname="tests.kernels.test_a" name="test_broken" time="0.25"><error message="">no GPU
 at all</error></testcase>
 </testsuite></testsuites>"""
 
 
 def test_pytests_report_is_read() -> None:
-    result = read_junit("test_affine.py", JUNIT)
-    assert result == FileResult(
-        "test_affine.py",
-        3,
-        ("test_bad[interpreted]: AssertionError: 3 < 2", "test_broken: no GPU"),
-        2.5,
-    )
-    assert Parity((result,)).faults == [
-        "test_affine.py: test_bad[interpreted]: AssertionError: 3 < 2",
-        "test_affine.py: test_broken: no GPU",
+    results = read_junit(JUNIT)
+    assert results == [
+        FileResult("test_a.py", 1, ("test_broken: no GPU",), 0.2),
+        FileResult("test_b.py", 2, ("test_bad[interpreted]: AssertionError: 3 < 2",), 2.2),
+    ]
+    assert Parity(tuple(results)).faults == [
+        "test_a.py: test_broken: no GPU",
+        "test_b.py: test_bad[interpreted]: AssertionError: 3 < 2",
     ]
     assert Parity(()).faults == ["no test ran"]
 
 
 def test_tests_run_in_processes_that_interpret_nothing(monkeypatch, tmp_path: Path) -> None:
-    """Each file in one; a file without tests for a GPU is none of the report."""
+    """A file without tests is none of the report; a test that ends its process fails alone."""
     folder = tmp_path / gpu_parity.TESTS
     folder.mkdir(parents=True)
     for name, body in {
@@ -221,13 +219,19 @@ def test_tests_run_in_processes_that_interpret_nothing(monkeypatch, tmp_path: Pa
     }.items():
         (folder / name).write_text(f"import os\n\ndef test_it():\n    {body}\n")
     (folder / "test_c.py").write_text("")
+    (folder / "test_d.py").write_text(
+        "import os\n\ndef test_end():\n    os._exit(1)\n\ndef test_after():\n    pass\n"
+    )
     monkeypatch.setattr(gpu_parity, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert os.environ["TRITON_INTERPRET"] == "1"
     found = gpu_parity.measure(Options(tmp_path))
     assert [(each.file, each.tests, len(each.failed)) for each in found.files] == [
         ("test_a.py", 1, 0),
         ("test_b.py", 1, 1),
+        ("test_d.py", 2, 1),
     ]
+    assert "crashed while running" in found.faults[1]
 
 
 def test_the_load_generators_line_is_read() -> None:

@@ -1,3 +1,7 @@
+import os
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -19,6 +23,19 @@ def runs_kernels(item: pytest.Item) -> bool:
     assert isinstance(item, pytest.Function)
     parameters = item.callspec.id if hasattr(item, "callspec") else ""
     return "interpreted" in item.fixturenames or "interpreted" in parameters
+
+
+@pytest.fixture(autouse=True)
+def working_device() -> Iterator[None]:
+    """On a GPU: a test that broke the process's CUDA context ends it, and xdist starts another."""
+    yield
+    if not ON_GPU:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{os.environ.get('PYTEST_CURRENT_TEST')}: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(scope="session")
