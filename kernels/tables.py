@@ -72,6 +72,7 @@ class Segments:
         max_inner: int = 0,
         place: Callable[[npt.NDArray[Any]], Tensor] = torch.from_numpy,
         bucket: int | None = None,
+        fine: bool = False,
     ) -> "Segments":
         """Segments of known rows.
 
@@ -82,6 +83,8 @@ class Segments:
             bucket: Rows of a captured step, whose shapes and bounds stay as they are from batch to
                 batch: empty segments are added until there are as many as rows, and ``rows`` names
                 every row, those of no segment last.
+            fine: Whether such bounds have more grades, and empty segments are added up to a power
+                of four only: for a GPU, which starts programs for all that there could be.
         """
         columns = np.array(ranges, dtype=np.float64).reshape(-1, 4)
         bounds, weight = columns[:, :3].astype(np.int32), columns[:, 3].astype(np.float32)
@@ -90,11 +93,13 @@ class Segments:
         first_of_each = np.repeat(bounds[:, 0] - (lengths.cumsum() - lengths), lengths)
         rows = np.arange(lengths.sum()) + first_of_each
         if bucket is not None:
-            bounds, weight = lengthened(bounds, bucket), lengthened(weight, bucket)
+            segments = _room(len(bounds), bucket) if fine else bucket
+            bounds, weight = lengthened(bounds, segments), lengthened(weight, segments)
             free = np.ones(bucket, dtype=np.bool_)
             free[rows] = False
             rows = np.concatenate((rows, np.flatnonzero(free)))
-            max_rows = next((bound for bound in (1, 16) if max_rows <= bound < bucket), bucket)
+            grades = (1, 4, 16) if fine else (1, 16)
+            max_rows = next((bound for bound in grades if max_rows <= bound < bucket), bucket)
             max_inner = 1 << max(max_inner - 1, 0).bit_length() if max_inner else 0
         start, end, slot = bounds.T.copy()
         return cls(
@@ -106,6 +111,14 @@ class Segments:
             max_rows,
             max_inner,
         )
+
+
+def _room(count: int, most: int) -> int:
+    """4, 16, 64, ..., up to ``most``: the first that holds so many."""
+    room = 4
+    while room < count:
+        room *= 4
+    return min(room, most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class AdapterBatch:
 
     @property
     def shape(self) -> Hashable:
-        """What a captured step depends on: which operations run, on segments of what bounds."""
+        """What a captured step depends on: its operations, their segments' number and bounds."""
         transforms = None if self._inputs is None else self._inputs.present
         present: tuple[_Present[Any] | None, ...] = (
             transforms,
@@ -138,7 +138,10 @@ class AdapterBatch:
             self._side_attention,
         )
         return tuple(
-            (id(each.table), each.rows, segments.max_rows, segments.max_inner)
+            (
+                *(id(each.table), each.rows),
+                *(len(segments.start), segments.max_rows, segments.max_inner),
+            )
             for each in present
             if each is not None
             for segments in each.passes
@@ -214,6 +217,9 @@ def make_batch(
     if not by_type:
         return None
 
+    # On a CPU, to record one more shape of step costs more than bounds that are too wide.
+    fine = pool.device.type != "cpu"
+
     def present(kind: type[Primitive], op: Op) -> _Present[Op] | None:
         selected = by_type.get(kind)
         if selected is None:
@@ -225,14 +231,14 @@ def make_batch(
             op,
             table,
             _rows(pool, kind, slots, bucket),
-            tuple(Segments.of(ranges, inner, place, bucket) for ranges in selected),
+            tuple(Segments.of(ranges, inner, place, bucket, fine) for ranges in selected),
         )
 
     transforms = present(InputTransform, ops.transform_input)
     return AdapterBatch(
         _inputs=None
         if transforms is None
-        else _input_transforms(ops, transforms, by_type[InputTransform], place, bucket),
+        else _input_transforms(ops, transforms, by_type[InputTransform], place, bucket, fine),
         _linear=_there(present(kind, op) for kind, op in _linear_ops(ops)),
         _embeddings=_there(
             (
@@ -304,6 +310,7 @@ def _input_transforms(
     passes: Sequence[Sequence[RowRange]],
     place: Place,
     bucket: int | None,
+    fine: bool,
 ) -> _InputTransforms:
     first, appended = 0, []
     for ranges in passes:
@@ -312,7 +319,7 @@ def _input_transforms(
             end = first + each.end - each.start
             moved.append(RowRange(first, end, each.slot, each.weight))
             first = end
-        appended.append(Segments.of(moved, place=place, bucket=bucket))
+        appended.append(Segments.of(moved, 0, place, bucket, fine))
     if len(passes) == 1:
         rows = present.passes[0].rows
     else:  # nothing that was placed is on the device yet

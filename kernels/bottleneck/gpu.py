@@ -64,9 +64,7 @@ def choose_config(key: Key) -> int:
     """The index of a configuration that is good everywhere, until a device was measured."""
     if key.rows == 1:
         return 0
-    if key.rows <= 16:
-        return 2 if key.inner <= 16 else 3
-    return 4
+    return 2 if key.rows <= 16 and key.inner <= 16 else 3
 
 
 def launches(out: Tensor, h: Tensor, r: Tensor, config: int, place: Place) -> Sequence[Launch]:

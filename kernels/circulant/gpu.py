@@ -29,9 +29,7 @@ def choose_config(key: Key) -> int:
     """The index of a configuration that is good everywhere, until a device was measured."""
     if key.rows == 1:
         return 0
-    if key.rows <= 16:
-        return 2
-    return 4 if key.rows <= 64 else 6
+    return 2 if key.rows <= 16 else 4
 
 
 def launches(site: Site, config: int) -> Sequence[Launch]:

@@ -33,7 +33,7 @@ def choose_config(key: Key) -> int:
         return 0
     if key.rows <= 16:
         return 3
-    return 5 if key.rows <= 64 else 7
+    return 5 if key.rows <= 64 else 6
 
 
 def launches(site: Site, config: int) -> Sequence[Launch]:

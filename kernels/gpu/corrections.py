@@ -24,7 +24,7 @@ from .tuning import Choice, ChooseConfig, Key, Measured
 MAX_TARGETS = 4
 """Of one site: q, k, v and room for another; their columns travel as scalars."""
 
-MAX_PROGRAMS = 512
+MAX_PROGRAMS = 2048
 """Of one segment and target: enough to fill a GPU; more cost time where segments are short."""
 
 _SCHEMA = (

@@ -67,12 +67,18 @@ def tensor_at(pool, cell, field):
 
 
 @triton.jit
-def load_optional(pool, cell, field, index, size, otherwise):
-    """Elements below ``size`` of a tensor, as float32; ``otherwise`` where there is none."""
+def optional_at(pool, offset, index, size, otherwise):
+    """Elements below ``size`` of a tensor, as float32; ``otherwise`` where its offset is -1."""
     # No mask is the product of a scalar and a block: the interpreter makes such ones integers.
-    there = tl.where(tl.load(cell + field) >= 0, size, 0)
-    found = tl.load(tensor_at(pool, cell, field) + index, mask=index < there, other=0.0)
+    there = tl.where(offset >= 0, size, 0)
+    found = tl.load(pool + tl.multiple_of(offset, ALIGNED) + index, mask=index < there, other=0.0)
     return tl.where(index < there, found.to(tl.float32), otherwise)
+
+
+@triton.jit
+def load_optional(pool, cell, field, index, size, otherwise):
+    """Elements of the tensor whose offset is this field of a cell, as ``optional_at``."""
+    return optional_at(pool, tl.load(cell + field), index, size, otherwise)
 
 
 @triton.jit

@@ -58,9 +58,7 @@ CONFIGS = (
 
 def choose_config(key: Key) -> int:
     """The index of a configuration that is good everywhere, until a device was measured."""
-    if key.rows <= 4:
-        return 1
-    return 2 if key.rows <= 64 else 3
+    return 2 if 4 < key.rows <= 64 else 1
 
 
 def launches(site: Site, config: int) -> Sequence[Launch]:

@@ -44,7 +44,9 @@ def choose_config(key: Key) -> int:
     """The index of a configuration that is good everywhere, until a device was measured."""
     if key.rows == 1:
         return 0
-    return 3 if key.rows == 2 else 4
+    if key.rows <= 64:
+        return 3 if key.rows == 2 else 4
+    return 2
 
 
 def launches(site: Site, config: int) -> Sequence[Launch]:
