@@ -52,11 +52,12 @@ def all_cases(shapes: Shapes, load: Load) -> Iterator[Build]:
 
 
 def _lora(shapes: Shapes, rank: int, step: AdapterStep, operands: Operands) -> Case:
-    """All seven linear modules of a layer, in its four sites."""
+    """All seven linear modules of a layer, in its four sites; decode steps are captured ones."""
     rows, count = step.rows, step.adapters
-    segments = operands.segments(count, step.each, rank)
+    bucket = rows if step.name == "decode" else None
+    segments = operands.segments(count, step.each, rank, bucket)
     sites = [
-        site_operands(operands, affine(rank), in_size, out_sizes, segments)
+        site_operands(operands, affine(rank), in_size, out_sizes, segments, adapters=count)
         for _, in_size, out_sizes in shapes.sites
     ]
     moved = sum(rows * (in_size + 2 * sum(out_sizes)) for _, in_size, out_sizes in shapes.sites)

@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--most-adapters", type=int, default=128, metavar="N", help="that it is served with"
     )
+    parser.add_argument(
+        "--requests", type=int, default=512, metavar="N", help="that each run of it answers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--section", action="append", choices=list(SECTIONS), help="only these; repeatable"
@@ -155,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(NO_GPU)
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
-    options = Options(given.out.resolve(), given.base, given.most_adapters, given.seed)
+    options = Options(
+        given.out.resolve(), given.base, given.most_adapters, given.requests, given.seed
+    )
     outcomes = list(check(given.section or list(SECTIONS), options))
     return finish(describe_device(), options, outcomes)
 

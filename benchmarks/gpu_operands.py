@@ -121,10 +121,12 @@ class Operands:
         """An array on the device."""
         return torch.from_numpy(array).to(self.device)
 
-    def segments(self, adapters: int, rows_each: int, max_inner: int) -> Segments:
-        """One after another, each of an adapter of its own."""
+    def segments(
+        self, adapters: int, rows_each: int, max_inner: int, bucket: int | None = None
+    ) -> Segments:
+        """One after another, each of an adapter of its own; of a captured step with a bucket."""
         ranges = [(i * rows_each, (i + 1) * rows_each, i, 1.0) for i in range(adapters)]
-        return Segments.of(ranges, max_inner, self.place)
+        return Segments.of(ranges, max_inner, self.place, bucket, fine=True)
 
 
 MakeCell = Callable[[Operands, int, int], tuple[int, ...]]
@@ -224,12 +226,17 @@ def site_operands(
     out_sizes: Sequence[int],
     segments: Segments,
     dtype: torch.dtype | None = None,
+    adapters: int | None = None,
 ) -> SiteOperands:
-    """Every adapter of the segments corrects every target; y is zero, so that only they show."""
-    adapters = segments.start.shape[0]
+    """Every adapter of the segments corrects every target; y is zero, so that only they show.
+
+    There are as many ``adapters`` as segments if nothing else is said: a captured step has segments
+    of none.
+    """
+    adapters = adapters or segments.start.shape[0]
+    rows = segments.rows.shape[0]
     cells = [[make(operands, in_size, out) for _ in range(adapters)] for out in out_sizes]
     starts = tuple(accumulate(out_sizes[:-1], initial=0))
-    rows = adapters * segments.max_rows
     return SiteOperands(
         y=operands.zeros(rows, sum(out_sizes), dtype=dtype),
         x=operands.rows(rows, in_size).to(dtype or operands.dtype),

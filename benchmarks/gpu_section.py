@@ -27,12 +27,14 @@ class Options:
         out: The report's folder, where files that are made on the way lie too.
         base: The model that is served: a folder, a hub id, or smollm2.
         most_adapters: That it is served with.
+        requests: Of each run of it, after half as many that do not count.
         seed: Of everything that is drawn.
     """
 
     out: Path
     base: str = "smollm2"
     most_adapters: int = 128
+    requests: int = 512
     seed: int = 0
 
 

@@ -25,10 +25,7 @@ from .markdown import table
 
 RANK = 16
 COUNTS = (0, 1, 8, 32, 128)
-STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 64, 128, 128, 512
-_WARM_UP = 2 * max(STREAMS, *COUNTS)
-"""Requests before a run: a shape of step is captured in its second, an adapter loaded in its first.
-"""
+STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 64, 128, 128
 _READY = re.compile(r"ready on (http://\S+)")
 _SPARE = 1.25
 """Memory for adapters, beside what their numbers take."""
@@ -108,7 +105,7 @@ def measure(options: Options) -> Serving:
         flags = server_flags(max(counts) * adapter_bytes)
         command = [*flags, "--device", "cuda", "--adapter-dir", adapters]
         with running(options.base, command, options.out / "server.log") as url:
-            runs = [run_load(url, count, options.seed) for count in counts]
+            runs = [run_load(url, count, options) for count in counts]
     return Serving(
         options.base, RANK, adapter_bytes, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, tuple(runs)
     )
@@ -160,26 +157,29 @@ def running(model: str, flags: Sequence[str], log: Path) -> Iterator[str]:
             process.communicate(timeout=60)
 
 
-def run_load(url: str, adapters: int, seed: int) -> Run:
+def run_load(url: str, adapters: int, options: Options) -> Run:
     """One run of ``python -m deltamux.benchmarks.serve``.
+
+    Half as many requests come before it: a shape of step is captured in its second, an adapter
+    loaded in its first.
 
     Raises:
         RuntimeError: It broke off.
     """
     say(f"{adapters} adapters, {STREAMS} streams:")
-    options = {
+    flags = {
         "--base-url": url,
         "--concurrency": STREAMS,
-        "--requests": REQUESTS,
-        "--warmup": _WARM_UP,
+        "--requests": options.requests,
+        "--warmup": options.requests // 2,
         "--prompt-tokens": PROMPT_TOKENS,
         "--output-tokens": OUTPUT_TOKENS,
-        "--seed": seed,
+        "--seed": options.seed,
         **({"--adapters": adapters} if adapters else {}),
     }
     command = [sys.executable, "-m", "deltamux.benchmarks.serve"]
     done = subprocess.run(
-        [*command, *(str(each) for pair in options.items() for each in pair)],
+        [*command, *(str(each) for pair in flags.items() for each in pair)],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -228,7 +228,9 @@ def render(serving: Serving) -> str:
     return (
         f"{serving.base}, adapters of rank {serving.rank} on all linear modules"
         f" ({serving.adapter_bytes / 1e6:,.1f} MB each); {serving.streams} streams in a closed"
-        f" loop, {serving.prompt_tokens} prompt and {serving.output_tokens} output tokens.\n\n"
+        f" loop, {serving.prompt_tokens} prompt and {serving.output_tokens} output tokens;"
+        f" {max((each.completed + each.failed for each in serving.runs), default=0)} requests a"
+        f" run.\n\n"
         f"{table(header, rows)}"
     )
 
