@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..gpu.corrections import Correction, Site
-from ..gpu.launch import Argument, Launch
+from ..gpu.launch import Argument, Launch, ceil_div, power_of_two
 from ..gpu.tuning import Key
 from .gpu_kernels import expand_kernel, shrink_kernel
 from .op import Cell
@@ -97,7 +96,7 @@ _PLANE_NUMBERS = 4096
 def launches(site: Site, config: int) -> Sequence[Launch]:
     """Shrink, then expand."""
     (chosen, out), num_rows = CONFIGS[config], site.x.shape[0]
-    splits = max(int(triton.cdiv(site.x.shape[1], chosen.span)), 1)
+    splits = max(ceil_div(site.x.shape[1], chosen.span), 1)
     inner = max(site.max_inner, 1)
     h = torch.empty(
         (splits, site.num_targets, num_rows, inner),
@@ -106,8 +105,8 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
     )
     shared = {"FIELDS": len(Cell._fields), "SPLITS": splits}
     sizes: dict[str, Argument] = {"h": h, "num_rows": num_rows, "max_inner": inner}
-    across = splits * int(triton.cdiv(site.max_inner, chosen.rank))
-    columns = int(triton.cdiv(site.widest, out.block_out))
+    across = splits * ceil_div(site.max_inner, chosen.rank)
+    columns = ceil_div(site.widest, out.block_out)
     shrink_parts, expand_parts = site.parts(chosen.rows, across), site.parts(out.rows, columns)
     shrink = Launch(
         shrink_kernel,
@@ -160,7 +159,7 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
 def _planes(chosen: Expand, splits: int) -> int:
     """Planes that expand reads at once: all of them, or so many that they fit its registers."""
     most = max(_PLANE_NUMBERS // (chosen.rows * chosen.rank), 1)
-    return min(int(triton.next_power_of_2(splits)), most)
+    return min(power_of_two(splits), most)
 
 
 CORRECT_AFFINE = Correction("correct_affine", launches, choose_config, len(CONFIGS))

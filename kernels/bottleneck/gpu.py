@@ -16,10 +16,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Argument, Launch, run_all
+from ..gpu.launch import Argument, Launch, ceil_div, run_all
 from ..gpu.registry import register
 from ..gpu.rows import PLACE, PROMPT, ROWS, Place, check_place, flat, production_places, require
 from ..gpu.shapes import Shapes, shape_only
@@ -87,8 +86,8 @@ def launches(out: Tensor, h: Tensor, r: Tensor, config: int, place: Place) -> Se
         "BLOCK_ROWS": chosen.rows,
         "BLOCK_WIDTH": chosen.width,
     }
-    across = chosen.splits * triton.cdiv(place.max_inner, chosen.width)
-    columns = triton.cdiv(hidden, chosen.block_out)
+    across = chosen.splits * ceil_div(place.max_inner, chosen.width)
+    columns = ceil_div(hidden, chosen.block_out)
     down = Launch(
         down_kernel,
         (place.num_segments, place.parts(chosen.rows, across), across),

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div
 from ..gpu.registry import register
 from ..gpu.rows import PLACE, PROMPT, ROWS, Place, check_place, flat, production_places, require
 from ..gpu.shapes import Shapes, shape_only
@@ -57,7 +56,7 @@ def correct_launch(x: Tensor, ids: Tensor, place: Place) -> Launch:
     """x[i] = g * x[i] + w A[token of i] B."""
     hidden = x.shape[1]
     rows = 1 if place.max_rows <= 1 else 16
-    blocks = triton.cdiv(hidden, BLOCK)
+    blocks = ceil_div(hidden, BLOCK)
     return Launch(
         correct_embedding_kernel,
         (place.num_segments, place.parts(rows, blocks), blocks),

@@ -12,11 +12,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..tables import CorrectLinear, PrimitiveTable, Segments, SiteTargets
-from .launch import Launch, run_all
+from .launch import Launch, ceil_div, run_all
 from .registry import register
 from .shapes import Shapes, shape_only
 from .tuning import Choice, ChooseConfig, Key, Measured
@@ -114,8 +113,8 @@ class Site:
 
     def num_programs(self, block_rows: int, block_out: int) -> int:
         """Programs that share the tiles (rows, columns) of a segment and target."""
-        tiles = triton.cdiv(self.max_rows, block_rows) * triton.cdiv(self.widest, block_out)
-        return min(int(tiles), MAX_PROGRAMS)
+        tiles = ceil_div(self.max_rows, block_rows) * ceil_div(self.widest, block_out)
+        return min(tiles, MAX_PROGRAMS)
 
     def parts(self, block_rows: int, others: int) -> int:
         """Programs that share a segment's blocks of rows, where ``others`` more multiply them.
@@ -123,7 +122,7 @@ class Site:
         At least one, and more than that only as long as there are no more than ``MAX_PROGRAMS``.
         """
         room = MAX_PROGRAMS // max(self.num_segments * self.num_targets * others, 1)
-        return max(1, min(int(triton.cdiv(self.max_rows, block_rows)), room))
+        return max(1, min(ceil_div(self.max_rows, block_rows), room))
 
 
 class Correction:

@@ -62,6 +62,16 @@ class Launch:
         )
 
 
+def ceil_div(size: int, of: int) -> int:
+    """How many of these hold a size; Triton's own costs a launch microseconds."""
+    return -(-size // of)
+
+
+def power_of_two(size: int) -> int:
+    """The least one that is not below a size."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def run_all(launches: Iterable[Launch]) -> None:
     """One after another."""
     for launch in launches:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..tables import PrimitiveTable, Segments
 from .corrections import check_table
+from .launch import ceil_div
 from .shapes import shape_only
 
 PLACE = (
@@ -82,7 +82,7 @@ class Place:
         At least one, and more than that only as long as there are no more than ``PROGRAMS``.
         """
         room = PROGRAMS // max(self.num_segments * others, 1)
-        return max(1, min(int(triton.cdiv(self.max_rows, rows)), room))
+        return max(1, min(ceil_div(self.max_rows, rows), room))
 
 
 def flat(table: PrimitiveTable, row: int, segments: Segments) -> tuple[Any, ...]:

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div
 from ..gpu.registry import register
 from ..gpu.rows import (
     PLACE,
@@ -51,7 +50,7 @@ def transform_launch(x: Tensor, place: Place) -> Launch:
     room = PROGRAMS // max(place.num_segments * parts, 1)
     return Launch(
         transform_input_kernel,
-        (place.num_segments, parts, max(1, min(triton.cdiv(size, block), room))),
+        (place.num_segments, parts, max(1, min(ceil_div(size, block), room))),
         {
             "x": x,
             "scratch": torch.empty((2, num_rows, size), dtype=torch.float32, device=x.device),

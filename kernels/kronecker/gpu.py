@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..gpu.corrections import MAX_PROGRAMS, Correction, Site
-from ..gpu.launch import Argument, Launch
+from ..gpu.launch import Argument, Launch, ceil_div
 from ..gpu.tuning import Key
 from .gpu_kernels import kronecker_left_kernel, kronecker_right_kernel
 from .op import Cell
@@ -123,7 +122,7 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
 
 def _num_programs(site: Site, width: int, tile: int) -> int:
     """As many as full tiles have room for all rows' numbers; tiles that are not full are shared."""
-    return min(int(triton.cdiv(site.max_rows * width, tile)), MAX_PROGRAMS)
+    return min(ceil_div(site.max_rows * width, tile), MAX_PROGRAMS)
 
 
 ADD_KRONECKER = Correction("add_kronecker", launches, choose_config, len(CONFIGS))

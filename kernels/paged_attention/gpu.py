@@ -25,11 +25,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..gpu.corrections import check_rows
-from ..gpu.launch import Argument, Launch, run_all
+from ..gpu.launch import Argument, Launch, ceil_div, run_all
 from ..gpu.registry import register
 from ..gpu.shapes import Shapes, shape_only
 from ..gpu.tuning import Choice, Key, Measured
@@ -216,8 +215,8 @@ def count_splits(attention: Attention, chosen: Config) -> int:
     """
     programs = max(attention.num_sequences * attention.key_cache.shape[1], 1)
     keys = min(attention.max_context_len, attention.window)
-    most: int = min(triton.cdiv(keys, attention.block_k(chosen)), _MAX_SPLITS)
-    wanted: int = min(triton.cdiv(chosen.programs, programs), most)
+    most = min(ceil_div(keys, attention.block_k(chosen)), _MAX_SPLITS)
+    wanted = min(ceil_div(chosen.programs, programs), most)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
 
@@ -233,7 +232,7 @@ def write_launch(
     rows, kv_heads, head_dim = key.shape
     return Launch(
         write_kv_kernel,
-        (rows, triton.cdiv(kv_heads * head_dim, _WRITE_BLOCK)),
+        (rows, ceil_div(kv_heads * head_dim, _WRITE_BLOCK)),
         {
             "key": key,
             "value": value,

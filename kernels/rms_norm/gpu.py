@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div, power_of_two
 from ..gpu.registry import register
 from ..gpu.rows import PROMPT, ROWS, require
 from ..gpu.shapes import Shapes, shape_only
@@ -42,7 +41,7 @@ class Tile(NamedTuple):
 
 def tile_of(size: int) -> Tile:
     """The tile for rows of this size."""
-    columns = triton.next_power_of_2(size)
+    columns = power_of_two(size)
     rows = max(1, TILE // columns)
     return Tile(rows, columns, min(max(rows * columns // _WARP_ELEMENTS, 1), _MAX_WARPS))
 
@@ -53,7 +52,7 @@ def norm_launch(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> Launch:
     tile, size = tile_of(x.shape[-1]), x.shape[-1]
     return Launch(
         rms_norm_kernel,
-        (triton.cdiv(x.shape[0] * heads, tile.rows),),
+        (ceil_div(x.shape[0] * heads, tile.rows),),
         {
             "y": y,
             "x": x,
@@ -76,7 +75,7 @@ def add_norm_launch(y: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps:
     tile = tile_of(size)
     return Launch(
         add_rms_norm_kernel,
-        (triton.cdiv(num_rows, tile.rows),),
+        (ceil_div(num_rows, tile.rows),),
         {
             "y": y,
             "x": x,

@@ -7,10 +7,9 @@ row are read by each of its programs, from cache after the first.
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div, power_of_two
 from ..gpu.registry import register
 from ..gpu.rows import PROMPT, ROWS, require
 from ..gpu.shapes import Shapes, shape_only
@@ -24,12 +23,12 @@ def rotary_launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Launc
     """Rotate query and key in place."""
     num_rows, half = cos.shape
     heads, kv_heads = query.shape[1], key.shape[1]
-    columns = triton.next_power_of_2(half)
-    block = min(max(TILE // columns, 1), triton.next_power_of_2(max(heads, kv_heads)))
-    query_blocks = triton.cdiv(heads, block)
+    columns = power_of_two(half)
+    block = min(max(TILE // columns, 1), power_of_two(max(heads, kv_heads)))
+    query_blocks = ceil_div(heads, block)
     return Launch(
         rotary_kernel,
-        (num_rows, query_blocks + triton.cdiv(kv_heads, block)),
+        (num_rows, query_blocks + ceil_div(kv_heads, block)),
         {
             "query": query,
             "key": key,

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, power_of_two
 from ..gpu.registry import register
 from ..gpu.rows import PLACE, PROMPT, ROWS, Place, check_place, flat, production_places, require
 from ..gpu.shapes import Shapes, shape_only
@@ -48,7 +47,7 @@ def side_launch(out: Tensor, query: Tensor, kv_heads: int, scale: float, place: 
             "FIELDS": len(Cell._fields),
             "BLOCK_ROWS": rows,
             "BLOCK_KEYS": BLOCK_KEYS,
-            "BLOCK": max(triton.next_power_of_2(head_dim), 16),
+            "BLOCK": max(power_of_two(head_dim), 16),
         },
         num_warps=2 if rows == 16 else 4,
         matrix=True,

@@ -7,10 +7,9 @@ have 16 bits: a decode step of one row still has a program for every 6 KB that i
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div
 from ..gpu.registry import register
 from ..gpu.rows import PROMPT, ROWS, require
 from ..gpu.shapes import Shapes, shape_only
@@ -25,7 +24,7 @@ def silu_mul_launch(y: Tensor, gate_up: Tensor) -> Launch:
     num_rows, size = y.shape
     return Launch(
         silu_mul_kernel,
-        (num_rows, triton.cdiv(size, BLOCK)),
+        (num_rows, ceil_div(size, BLOCK)),
         {"y": y, "gate_up": gate_up, "size": size, "row_stride": gate_up.stride(0)},
         {"BLOCK": BLOCK},
     )

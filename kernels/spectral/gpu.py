@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
 from ..gpu.corrections import check_rows, check_table, production_site
-from ..gpu.launch import Launch
+from ..gpu.launch import Launch, ceil_div
 from ..gpu.registry import register
 from ..gpu.shapes import Shapes, shape_only
 from ..sparse.gpu import CONFIGS
@@ -58,10 +57,10 @@ def add_real_launch(
         out_start: First column of the target.
     """
     width = transformed.shape[1]
-    row_programs = min(int(triton.cdiv(max_rows, _TILE_ROWS)), _MAX_ROW_PROGRAMS)
+    row_programs = min(ceil_div(max_rows, _TILE_ROWS), _MAX_ROW_PROGRAMS)
     return Launch(
         add_real_kernel,
-        (start.shape[0], int(triton.cdiv(width, _TILE_OUT)), row_programs),
+        (start.shape[0], ceil_div(width, _TILE_OUT), row_programs),
         {
             "y": y,
             "transformed": transformed,
