@@ -7,7 +7,8 @@ The inner dimension of shrink is split over programs, since a decode step has to
 GPU with anything else; each split writes a plane of its own, so that nothing is cleared first and
 no order of additions is left to chance. A long segment's blocks of rows are shared by programs too.
 Ranks are exact: beyond a segment's rank no row of A or B is read. A segment of one row (decode) is
-multiplied by vector units, longer ones by matrix units.
+multiplied by vector units, longer ones by matrix units; in expand, up to four rows one after the
+other by vector units.
 """
 
 from collections.abc import Sequence
@@ -89,6 +90,9 @@ def choose_config(key: Key) -> int:
     return 1 + 2 * longer + (key.inner > 16)
 
 
+_INNER = 16
+"""Numbers that the rows of h are a multiple of; no block of ranks is shorter."""
+
 _PLANE_NUMBERS = 4096
 """Of h that a program of expand holds at once."""
 
@@ -97,7 +101,8 @@ def launches(site: Site, config: int) -> Sequence[Launch]:
     """Shrink, then expand."""
     (chosen, out), num_rows = CONFIGS[config], site.x.shape[0]
     splits = max(ceil_div(site.x.shape[1], chosen.span), 1)
-    inner = max(site.max_inner, 1)
+    # Rows of h begin where vectors of four can be read, whatever the rank.
+    inner = max(ceil_div(site.max_inner, _INNER) * _INNER, _INNER)
     h = torch.empty(
         (splits, site.num_targets, num_rows, inner),
         dtype=torch.float32,
