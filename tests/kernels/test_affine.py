@@ -138,6 +138,13 @@ def test_one_adapter_over_all_targets(backend: Backend, dtype: torch.dtype, rows
     check(backend, site, rows, [(0, rows, 0, 1.0)])
 
 
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_inputs_that_many_programs_share(backend: Backend, dtype: torch.dtype, rows: int) -> None:
+    """More planes than a GPU's expand reads at once."""
+    site = make_site(dtype, 9000, [24, 8], [[3, 20], [20, 1]])
+    check(backend, site, rows + 1, [(0, rows, 0, 1.0), (rows, rows + 1, 1, -0.5)])
+
+
 def test_all_ranks_in_one_call(backend: Backend, dtype: torch.dtype) -> None:
     site = make_site(dtype, 60, [60, 20], [RANKS, RANKS[::-1]])
     groups = [(2 * s, 2 * s + 2, s, 1.0 + s % 3) for s in range(len(RANKS))]
