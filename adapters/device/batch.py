@@ -101,11 +101,10 @@ class _InputTransforms:
 
     def through(self, base: LinearOp, x: Tensor, targets: SiteTargets) -> Tensor:
         """The base's output (rows, out), each target's from its own input."""
-        copies, count = len(targets.out_starts) - 1, len(self.rows)
+        copies = len(targets.out_starts) - 1
         wide = self.spread(x, self.rows, copies)
-        for position in range(copies + 1):
-            first = len(x) + (position - 1) * count if position else 0
-            part = wide[first : first + (count if position else len(x))]
+        inputs = torch.split(wide, [len(x), *[len(self.rows)] * copies])
+        for position, part in enumerate(inputs):
             for segments in self.appended if position else self.present.passes:
                 self.present.op(part, self.present.table, targets.first + position, segments)
         return self.collect(base(wide), self.rows, targets)
@@ -138,10 +137,7 @@ class AdapterBatch:
             self._side_attention,
         )
         return tuple(
-            (
-                *(id(each.table), each.rows),
-                *(len(segments.start), segments.max_rows, segments.max_inner),
-            )
+            (id(each.table), each.rows, len(segments.start), segments.max_rows, segments.max_inner)
             for each in present
             if each is not None
             for segments in each.passes
