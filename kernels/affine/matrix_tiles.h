@@ -40,14 +40,13 @@ class MatrixAffine {
         const int64_t ranks = div_up(adapter.rank, TILE_OUTS) * TILE_OUTS;
         const int64_t ins = div_up(adapter.ins, TILE_INS) * TILE_INS;
         const int64_t halves = ROWS * 2 * ranks + ins * TILE_OUTS + 2 * ranks * WIDE + ROWS * ins;
-        return LANES + ROWS * ranks + 2 * TILE_ROWS * WIDE + halves / 2;
+        return ROWS * ranks + 2 * TILE_ROWS * WIDE + halves / 2;
     }
 
+    // The scratch begins a line of cache.
     MatrixAffine(const LowRank<bfloat16>& adapter, float* scratch)
         : adapter(adapter), ranks(div_up(adapter.rank, TILE_OUTS) * TILE_OUTS),
-          in_tiles(div_up(adapter.ins, TILE_INS)) {
-        const uintptr_t line = 4 * LANES, start = reinterpret_cast<uintptr_t>(scratch);
-        h = reinterpret_cast<float*>((start + line - 1) / line * line);
+          in_tiles(div_up(adapter.ins, TILE_INS)), h(scratch) {
         sums = h + ROWS * ranks;
         factors = reinterpret_cast<bfloat16*>(sums + 2 * TILE_ROWS * WIDE);
         a_tiles = factors + ROWS * 2 * ranks;

@@ -224,6 +224,18 @@ INLINE float maximum(Floats v) {
 }
 #endif
 
+// The sum of all parts, in the order in which sum() adds the lanes of a vector.
+template <int COUNT, class Part>
+INLINE Part total(const Part (&parts)[COUNT]) {
+    if constexpr (COUNT == 1) return parts[0];
+    else {
+        Part halves[COUNT / 2];
+#pragma GCC unroll 8
+        for (int p = 0; p < COUNT / 2; ++p) halves[p] = parts[p] + parts[p + COUNT / 2];
+        return total(halves);
+    }
+}
+
 // exp(x) for x <= 0 within 2 units in the last place; 0 below -87, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) by its Taylor polynomial of degree 7.
 INLINE Floats exp_nonpositive(Floats x) {

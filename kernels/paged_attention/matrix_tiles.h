@@ -210,10 +210,8 @@ class MatrixTiles {
         Floats parts[LANES / 2];
         for (int64_t i = 0; i < LANES / 2; ++i)
             parts[i] = weigh(i, passed, top) + weigh(i + LANES / 2, passed, top);
-        for (int64_t half = LANES / 4; half > 0; half /= 2)
-            for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
         for (int64_t half = passed.lo / TILE_INS; half < passed.hi / TILE_INS; ++half) turn(half);
-        return renewed(state, highest, top, parts[0]);
+        return renewed(state, highest, top, total(parts));
     }
 
     // A column that has seen no key yet has a highest of minus infinity, and weights of zero.

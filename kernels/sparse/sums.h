@@ -6,18 +6,6 @@
 #include "../cpu/products.h"
 #include "entries.h"
 
-// The sum of all parts, in the order in which sum() adds the lanes of a vector.
-template <int COUNT, class Part>
-INLINE Part total(const Part (&parts)[COUNT]) {
-    if constexpr (COUNT == 1) return parts[0];
-    else {
-        Part halves[COUNT / 2];
-#pragma GCC unroll 8
-        for (int p = 0; p < COUNT / 2; ++p) halves[p] = parts[p] + parts[p + COUNT / 2];
-        return total(halves);
-    }
-}
-
 #ifdef MASKED_MEMORY
 
 // For one row, sixteen entries at a time gather what they multiply, and each lane is a part.
