@@ -32,6 +32,7 @@ class FakeServer:
     with_version: bool = True
     line_end: str = "\n"
     seconds_per_chunk: float = 0.0
+    together: int = 0  # no request is answered before this many have run at once
     base: str | None = "base"
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -57,6 +58,8 @@ class FakeServer:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
+            while self.most_running < self.together:
+                await asyncio.sleep(0.001)
             await self._complete(body, send)
         finally:
             self.running -= 1
