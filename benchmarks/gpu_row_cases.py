@@ -15,6 +15,7 @@ from ..kernels.gpu.shapes import Shapes
 from ..kernels.input_transform import op as input_transform
 from ..kernels.norm_override import op as norm_override
 from ..kernels.side_attention import op as side_attention
+from ..kernels.tables import SiteTargets
 from .counting import Work
 from .gpu_case import EPS, AdapterStep, Build, Case, Load
 from .gpu_operands import Operands
@@ -79,7 +80,7 @@ def _scaled_input(sizes: _Sizes, operands: Operands) -> Case:
     def cell() -> input_transform.Cell:
         return input_transform.Cell(0, scale=operands.numbers(sizes.shapes.hidden))
 
-    return sizes.case(operands, "transform_input", "scale", cell, [operands.rows(*sizes.rows)])
+    return _of_inputs(sizes, operands, "scale", cell)
 
 
 def _rotated_input(sizes: _Sizes, operands: Operands) -> Case:
@@ -89,8 +90,23 @@ def _rotated_input(sizes: _Sizes, operands: Operands) -> Case:
         blocks = sizes.shapes.hidden // block
         return input_transform.Cell(1, blocks, block, operands.numbers(blocks, block, block))
 
-    x = operands.rows(*sizes.rows)
-    return sizes.case(operands, "transform_input", f"rotations in blocks of {block}", cell, [x])
+    return _of_inputs(sizes, operands, f"rotations in blocks of {block}", cell)
+
+
+def _of_inputs(
+    sizes: _Sizes, operands: Operands, name: str, make: Callable[[], input_transform.Cell]
+) -> Case:
+    """The inputs of a site of one target; its work are the adapters' tensors, and rows twice."""
+    step, x = sizes.step, operands.rows(*sizes.rows)
+    table = operands.table([[make() for _ in range(step.adapters)]])
+    segments = operands.segments(step.adapters, step.each, 0)
+    targets = SiteTargets(0, (0,), (sizes.shapes.hidden,))
+
+    def run(backend: Backend) -> Tensor:
+        return backend.deltas.transform_inputs(x, table, targets, segments)
+
+    work = Work(operands.taken_bytes + 2 * x.nbytes)
+    return Case("transform_inputs", f"{name}, {step.name}", run, work)
 
 
 def _replaced_rows(sizes: _Sizes, operands: Operands) -> Case:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..kernels.backend import Backend, DeltaOps
 from ..kernels.linear.op import LinearOp, PrepareLinear
+from ..kernels.tables import SiteTargets
 from ..server.config import default_state_dir
 from ..server.engine.build import EngineParts, build_parts
 from ..server.engine.config import EngineConfig
@@ -133,6 +134,25 @@ class Stopwatch:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _TimedLinear:
+    """A product of the base with the stopwatch around it."""
+
+    product: LinearOp
+    watch: Stopwatch
+    name: str
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """See ``LinearOp``."""
+        with self.watch.stage(self.name):
+            return self.product(x)
+
+    def per_target(self, inputs: Tensor, changed: Tensor, targets: SiteTargets, /) -> Tensor:
+        """See ``LinearOp``."""
+        with self.watch.stage(self.name):
+            return self.product.per_target(inputs, changed, targets)
+
+
 def instrumented(backend: Backend, watch: Stopwatch) -> Backend:
     """Every operation of the device with the stopwatch around it."""
     timed: Backend = _timed_fields(backend, watch)
@@ -155,7 +175,7 @@ def _timed_fields(operations: Any, watch: Stopwatch) -> Any:
 def _timed_linear(prepare: PrepareLinear, watch: Stopwatch) -> PrepareLinear:
     def prepared(weight: Tensor, bias: Tensor | None) -> LinearOp:
         out_size, in_size = weight.shape
-        return watch.around(f"linear {in_size} -> {out_size}", prepare(weight, bias))
+        return _TimedLinear(prepare(weight, bias), watch, f"linear {in_size} -> {out_size}")
 
     return prepared
 

@@ -21,7 +21,7 @@ from .embedding.compiled import CompiledEmbedding
 from .embedding.op import CorrectEmbedding
 from .input_transform import reference as input_transform_reference
 from .input_transform.compiled import CompiledInputTransform
-from .input_transform.op import CollectOutputs, SpreadRows, TransformInput
+from .input_transform.op import TransformInputs
 from .kronecker import reference as kronecker_reference
 from .linear import reference as linear_reference
 from .linear.compiled import CompiledLinear
@@ -63,9 +63,7 @@ class DeltaOps:
     add_kronecker: CorrectLinear
     add_circulant: CorrectLinear
     replace_outputs: CorrectLinear
-    transform_input: TransformInput
-    spread_rows: SpreadRows
-    collect_outputs: CollectOutputs
+    transform_inputs: TransformInputs
     replace_rows: CorrectEmbedding
     correct_embedding: CorrectEmbedding
     override_norm: OverrideNorm
@@ -182,9 +180,7 @@ def _reference_deltas() -> DeltaOps:
         add_kronecker=kronecker_reference.add_kronecker,
         add_circulant=circulant_reference.add_circulant,
         replace_outputs=output_rows_reference.replace_outputs,
-        transform_input=input_transform_reference.transform_input,
-        spread_rows=input_transform_reference.spread_rows,
-        collect_outputs=input_transform_reference.collect_outputs,
+        transform_inputs=input_transform_reference.transform_inputs,
         replace_rows=embedding_reference.replace_rows,
         correct_embedding=embedding_reference.correct_embedding,
         override_norm=norm_override_reference.override_norm,
@@ -194,7 +190,7 @@ def _reference_deltas() -> DeltaOps:
 
 
 def _compiled_deltas(library: Library) -> DeltaOps:
-    embedding, inputs = CompiledEmbedding(library), CompiledInputTransform(library)
+    embedding = CompiledEmbedding(library)
     return DeltaOps(
         correct_affine=CompiledCorrection(library, "correct_affine"),
         add_dense=CompiledCorrection(library, "add_dense"),
@@ -203,9 +199,7 @@ def _compiled_deltas(library: Library) -> DeltaOps:
         add_kronecker=CompiledCorrection(library, "add_kronecker"),
         add_circulant=CompiledCorrection(library, "add_circulant"),
         replace_outputs=CompiledCorrection(library, "replace_outputs"),
-        transform_input=inputs.transform_input,
-        spread_rows=inputs.spread_rows,
-        collect_outputs=inputs.collect_outputs,
+        transform_inputs=CompiledInputTransform(library).transform_inputs,
         replace_rows=embedding.replace_rows,
         correct_embedding=embedding.correct_embedding,
         override_norm=CompiledNormOverride(library).override_norm,

@@ -14,6 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Place = Callable[[npt.NDArray[Any]], Tensor]
+"""Brings an array to the device; it need not be there before kernels are launched."""
+
 
 def lengthened(array: npt.NDArray[Any], length: int, fill: int = 0) -> npt.NDArray[Any]:
     """The array with as many entries along its first axis, ``fill`` behind its own.
@@ -70,47 +73,73 @@ class Segments:
         cls,
         ranges: Sequence[tuple[int, int, int, float]],
         max_inner: int = 0,
-        place: Callable[[npt.NDArray[Any]], Tensor] = torch.from_numpy,
+        place: Place = torch.from_numpy,
         bucket: int | None = None,
         fine: bool = False,
     ) -> "Segments":
+        """Segments of known rows, on the device; see ``SegmentLayout.of``."""
+        return SegmentLayout.of(ranges, max_inner, bucket, fine).placed(place)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentLayout:
+    """Segments as the host knows them.
+
+    Attributes:
+        columns: (4, segments) int32: start, end, adapter slot, and the bits of the float32 weight.
+        rows: (n,) int64, every row that is in a segment.
+        max_rows: See ``Segments``.
+        max_inner: See ``Segments``.
+    """
+
+    columns: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int64]
+    max_rows: int
+    max_inner: int
+
+    @classmethod
+    def of(
+        cls,
+        ranges: Sequence[tuple[int, int, int, float]],
+        max_inner: int = 0,
+        bucket: int | None = None,
+        fine: bool = False,
+    ) -> "SegmentLayout":
         """Segments of known rows.
 
         Args:
             ranges: First row, one past the last, adapter slot and weight of each.
             max_inner: Of their adapters.
-            place: Brings an array to the device.
             bucket: Rows of a captured step, whose shapes and bounds stay as they are from batch to
                 batch: empty segments are added until there are as many as rows, and ``rows`` names
                 every row, those of no segment last.
             fine: Whether such bounds have more grades, and empty segments are added up to a power
                 of four only: for a GPU, which starts programs for all that there could be.
         """
-        columns = np.array(ranges, dtype=np.float64).reshape(-1, 4)
-        bounds, weight = columns[:, :3].astype(np.int32), columns[:, 3].astype(np.float32)
-        lengths = (bounds[:, 1] - bounds[:, 0]).clip(min=0)
+        table = np.array(ranges, dtype=np.float64).reshape(-1, 4)
+        columns = np.empty(table.shape, dtype=np.int32)
+        columns[:, :3] = table[:, :3]
+        columns[:, 3] = table[:, 3].astype(np.float32).view(np.int32)
+        lengths = (columns[:, 1] - columns[:, 0]).clip(min=0)
         max_rows = int(lengths.max(initial=0))
-        first_of_each = np.repeat(bounds[:, 0] - (lengths.cumsum() - lengths), lengths)
+        first_of_each = np.repeat(columns[:, 0] - (lengths.cumsum() - lengths), lengths)
         rows = np.arange(lengths.sum()) + first_of_each
         if bucket is not None:
-            segments = _room(len(bounds), bucket) if fine else bucket
-            bounds, weight = lengthened(bounds, segments), lengthened(weight, segments)
+            columns = lengthened(columns, _room(len(columns), bucket) if fine else bucket)
             free = np.ones(bucket, dtype=np.bool_)
             free[rows] = False
             rows = np.concatenate((rows, np.flatnonzero(free)))
             grades = (1, 4, 16) if fine else (1, 16)
             max_rows = next((bound for bound in grades if max_rows <= bound < bucket), bucket)
             max_inner = 1 << max(max_inner - 1, 0).bit_length() if max_inner else 0
-        start, end, slot = bounds.T.copy()
-        return cls(
-            place(start),
-            place(end),
-            place(slot),
-            place(weight),
-            place(rows.astype(np.int64)),
-            max_rows,
-            max_inner,
-        )
+        return cls(columns.T.copy(), rows.astype(np.int64), max_rows, max_inner)
+
+    def placed(self, place: Place) -> Segments:
+        """The same on the device."""
+        start, end, slot, weight = place(self.columns).unbind(0)
+        weight = weight.view(torch.float32)
+        rows = place(self.rows)
+        return Segments(start, end, slot, weight, rows, self.max_rows, self.max_inner)
 
 
 def _room(count: int, most: int) -> int:

@@ -83,6 +83,7 @@ class AdapterPool:
     Attributes:
         device: Where the base lives.
         limit_bytes: Of the memory, from its end, in which adapters may lie; all of it at first.
+        generation: Grows whenever what a slot holds changes.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class AdapterPool:
         self._num_slots = num_slots
         self._extents = Extents(len(memory), ALIGNMENT_BYTES)
         self.limit_bytes = self._extents.capacity
+        self.generation = 0
         self._free_slots = list(reversed(range(num_slots)))
         self._installed: dict[Placement, _Installed] = {}
         self._inner_sizes: dict[int, Mapping[type[Primitive], int]] = {}
@@ -170,6 +172,7 @@ class AdapterPool:
         for tensor, extent in zip(adapter.tensors, extents, strict=True):
             to = self._at(extent, tensor.nbytes).view(tensor.dtype)
             self._copies.copy(to, tensor.reshape(-1))
+        self.generation += 1
         placement = Placement(tuple(self._free_slots.pop() for _ in adapter.parts), size)
         index_of = {id(tensor): index for index, tensor in enumerate(adapter.tensors)}
         self._installed[placement] = _Installed(
@@ -207,6 +210,7 @@ class AdapterPool:
         installed = self._installed.pop(placement, None)
         if installed is None:
             raise ExtentError(f"the adapter in the slots {placement.slots} is not in the pool")
+        self.generation += 1
         self._extents.release(installed.extents)
         for slot in placement.slots:
             for kind in self._inner_sizes.pop(slot):

@@ -40,7 +40,7 @@ def triton_backend(measured: Measured) -> Backend:
             add_kronecker=ADD_KRONECKER.tuned(measured),
             add_circulant=ADD_CIRCULANT.tuned(measured),
             replace_outputs=REPLACE_OUTPUTS.tuned(measured),
-            transform_input=input_transform.transform_input,
+            transform_inputs=input_transform.transform_inputs,
             replace_rows=embedding.replace_rows,
             correct_embedding=embedding.correct_embedding,
             override_norm=norm_override.override_norm,

@@ -33,7 +33,7 @@ OPERATIONS: Mapping[str, Production] = {
     "add_kronecker": ADD_KRONECKER.production,
     "add_circulant": ADD_CIRCULANT.production,
     "replace_outputs": REPLACE_OUTPUTS.production,
-    "transform_input": input_transform.production,
+    "transform_inputs": input_transform.production,
     "embedding": embedding.production,
     "override_norm": norm_override.production,
     "add_bottleneck": bottleneck.production,

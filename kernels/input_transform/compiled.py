@@ -1,93 +1,46 @@
-"""The operations of ``op`` in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
+"""The operation of ``op`` in C++ (``cpu.cpp``): checks what it is given and passes addresses."""
 
 import torch
 from torch import Tensor
 
 from ..cpu.corrections import prepare_segments, prepare_table, prepare_targets
-from ..cpu.library import INT, POINTER, Kernels, Latest, Library, address, raise_if, require
+from ..cpu.library import INT, POINTER, ROWS, Kernels, Latest, Library, raise_if
 from ..tables import PrimitiveTable, Segments, SiteTargets
 
-_TRANSFORM = (POINTER, INT, INT, INT, POINTER, INT, POINTER, INT)
-_SPREAD = (POINTER, POINTER, INT, INT, INT, POINTER, INT, INT, INT)
-_COLLECT = (POINTER, INT, INT, POINTER, INT, POINTER, INT)
+_ARGUMENTS = (POINTER, INT, POINTER, INT, ROWS, INT, POINTER, POINTER, POINTER, INT)
 
 
 class CompiledInputTransform:
-    """The operations of ``op`` for float32 and bfloat16 on the CPU."""
+    """``transform_inputs`` for float32 and bfloat16 on the CPU."""
 
     def __init__(self, library: Library) -> None:
         """Find the kernels in the library."""
-        self._kernels = Kernels(library, "transform_input", _TRANSFORM)
-        self._spread = Kernels(library, "spread_rows", _SPREAD)
-        self._collect = Kernels(library, "collect_outputs", _COLLECT)
+        self._kernels = Kernels(library, "transform_inputs", _ARGUMENTS)
         self._table = Latest(prepare_table)
         self._segments = Latest(prepare_segments)
 
-    def transform_input(
-        self, x: Tensor, table: PrimitiveTable, row: int, segments: Segments
-    ) -> None:
+    def transform_inputs(
+        self, x: Tensor, table: PrimitiveTable, targets: SiteTargets, segments: Segments
+    ) -> Tensor:
         """See ``op``.
 
         Raises:
             ValueError: A tensor has the wrong dtype, device, shape or layout.
-            IndexError: A segment, a cell or a permutation reaches outside its tensor. Other rows
-                may then have been changed where the permutation is what is wrong.
+            IndexError: A segment, a target, a cell or a permutation reaches outside its tensor.
         """
         rows, size = x.shape
+        inputs = torch.empty((len(targets.out_starts), rows, size), dtype=x.dtype)
         error = self._kernels.of(x, table.numbers)(
+            inputs.data_ptr(),
+            inputs.stride(0),
             x.data_ptr(),
             x.stride(0),
             rows,
             size,
             self._table(table),
-            row,
+            prepare_targets(targets),
             self._segments(segments),
             torch.get_num_threads(),
         )
-        raise_if(error, "transform_input")
-
-    def spread_rows(self, x: Tensor, chosen: Tensor, copies: int) -> Tensor:
-        """See ``op``.
-
-        Raises:
-            ValueError: A tensor has the wrong dtype, device, shape or layout.
-            IndexError: A chosen row is none of x.
-        """
-        rows, size = x.shape
-        (count,) = chosen.shape
-        wide = torch.empty((rows + copies * count, size), dtype=x.dtype)
-        error = self._spread.of(x)(
-            wide.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            rows,
-            size,
-            address(chosen, torch.int64, "the chosen rows"),
-            count,
-            copies,
-            torch.get_num_threads(),
-        )
-        raise_if(error, "spread_rows")
-        return wide
-
-    def collect_outputs(self, y: Tensor, chosen: Tensor, targets: SiteTargets) -> Tensor:
-        """See ``op``.
-
-        Raises:
-            ValueError: A tensor has the wrong dtype, device, shape or layout.
-            IndexError: A chosen row or a target's column is none of y.
-        """
-        (count,) = chosen.shape
-        rows = len(y) - (len(targets.out_starts) - 1) * count
-        require(y.is_contiguous() and rows >= 0, "collect_outputs: y lacks rows or is not dense")
-        error = self._collect.of(y)(
-            y.data_ptr(),
-            rows,
-            y.shape[1],
-            address(chosen, torch.int64, "the chosen rows"),
-            count,
-            prepare_targets(targets),
-            torch.get_num_threads(),
-        )
-        raise_if(error, "collect_outputs")
-        return y[:rows]
+        raise_if(error, "transform_inputs")
+        return inputs

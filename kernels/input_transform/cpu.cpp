@@ -1,7 +1,8 @@
-// transform_input on the CPU. A unit of work is up to BLOCK_ROWS rows of one segment, held as float32 in
-// two buffers that a stage reads and writes in turn. Each element of a rotated block has one
-// accumulator that runs over its sum in order. A row alone is multiplied by R as it lies; for several
-// rows, R is first widened. With it, spread_rows and collect_outputs, which copy rows.
+// transform_inputs on the CPU. A unit of work is up to BLOCK_ROWS rows of one segment and one target, or
+// rows that the target takes as they are. Rotated rows are held as float32 in two buffers that a stage
+// reads and writes in turn. Each element of a rotated block has one accumulator that runs over its sum
+// in order. A row alone is multiplied by R as it lies; for several rows, R is first widened.
+#include <algorithm>
 #include <utility>
 
 #include "../cpu/products.h"
@@ -19,6 +20,10 @@ struct Transform {
     const int32_t* permutations;
     const T* scale;
 
+    explicit Transform(int64_t size)  // that changes nothing
+        : stages(0), num_blocks(0), block(0), size(size), rotations(nullptr), permutations(nullptr),
+          scale(nullptr) {}
+
     Transform(Cell<T>& cell, int64_t size)
         : stages(cell[0]), num_blocks(cell[1]), block(cell[2]), size(size),
           rotations(stages ? cell.numbers(3, stages, num_blocks, block, block) : nullptr),
@@ -33,36 +38,50 @@ struct Transform {
     // is written later, or in the LANES behind the last.
     int64_t stride() const { return size + LANES; }
     int64_t scratch() const {
-        return 2 * BLOCK_ROWS * stride() + (stages ? block * padded(block) : 0);
+        return stages ? 2 * BLOCK_ROWS * stride() + block * padded(block) : 0;
     }
 
-    const char* compute(Matrix<T> x, int64_t rows, float* scratch) const {
+    // The larger part of it.
+    Ahead reads() const {
+        return stages ? Ahead(rotations, stages * num_blocks * block * block)
+                      : Ahead(scale, scale ? size : 0);
+    }
+
+    const char* compute(Matrix<const T> x, Matrix<T> out, int64_t rows, float* scratch,
+                        Ahead next) const {
+        if (!stages) {
+            next.fetch(size);
+            copy_rows(x, rows, out);
+            return nullptr;
+        }
         if (permutations && !all_below(permutations, stages * size, size))
             return "a permutation has an index outside the input";
         Matrix<float> current{scratch, stride()}, other{current.row(BLOCK_ROWS), stride()};
         float* rotation = other.row(BLOCK_ROWS);
-        load_rows(x, rows, current);
+        copy_rows(x, rows, current);
         for (int64_t stage = 0; stage < stages; ++stage) {
             const T* r = rotations + stage * num_blocks * block * block;
             if (permutations) {
                 const int32_t* p = permutations + stage * size;
                 gather(current, p, rows, other);
-                rotate(other, r, rows, current, rotation);
+                rotate(other, r, rows, current, rotation, next);
                 scatter(current, p, rows, other);
             } else {
-                rotate(current, r, rows, other, rotation);
+                rotate(current, r, rows, other, rotation, next);
             }
             std::swap(current, other);
         }
         for (int64_t row = 0; row < rows; ++row)
             for_groups(size, LANES, [&](int64_t i, auto... n) {
-                store(x.row(row) + i, load(current.row(row) + i, n...), n...);
+                store(out.row(row) + i, load(current.row(row) + i, n...), n...);
             });
         return nullptr;
     }
 
    private:
-    void load_rows(Matrix<T> x, int64_t rows, Matrix<float> out) const {
+    // out = s * x
+    template <class O>
+    void copy_rows(Matrix<const T> x, int64_t rows, Matrix<O> out) const {
         for (int64_t row = 0; row < rows; ++row)
             for_groups(size, LANES, [&](int64_t i, auto... n) {
                 const Floats v = load(x.row(row) + i, n...);
@@ -71,8 +90,9 @@ struct Transform {
     }
 
     // out = z, every block multiplied by its own of R, or by the only one
-    void rotate_row(const float* z, const T* r, float* out) const {
+    void rotate_row(const float* z, const T* r, float* out, Ahead& next) const {
         for (int64_t k = 0; k * block < size; ++k, z += block, out += block) {
+            next.fetch(lines());
             int64_t i = 0;
             for (; i + COLS * LANES <= block; i += COLS * LANES) rotated<COLS>(z, r + i, out + i);
             for_groups(block - i, LANES,
@@ -90,9 +110,14 @@ struct Transform {
         for (int c = 0; c < C; ++c) store(out + c * LANES, acc[c], n...);
     }
 
-    void rotate(Matrix<float> z, const T* r, int64_t rows, Matrix<float> out, float* padded_r) const {
-        if (rows == 1) return rotate_row(z.data, r, out.data);
+    // Of a block's rotation, and one for the unit's end.
+    int64_t lines() const { return block * block * static_cast<int64_t>(sizeof(T)) / 64 + 1; }
+
+    void rotate(Matrix<float> z, const T* r, int64_t rows, Matrix<float> out, float* padded_r,
+                Ahead& next) const {
+        if (rows == 1) return rotate_row(z.data, r, out.data, next);
         for (int64_t k = 0; k * block < size; ++k) {
+            next.fetch(lines());
             if (k < num_blocks) pad(r + k * block * block, padded_r);
             combine(z.from(0, k * block), rows, {padded_r, padded(block)}, block, block,
                     out.from(0, k * block));
@@ -117,101 +142,61 @@ struct Transform {
 template <class T>
 struct Unit {
     Transform<T> transform;
-    Matrix<T> x;
+    Matrix<const T> x;
+    Matrix<T> out;
     int64_t rows;
 };
 
+// Input t of the targets, out (rows, size), begins t * plane behind `out`.
 template <class T>
-const char* transform_input(Matrix<T> x, int64_t rows, int64_t size, const Table& table,
-                            int64_t place, const Segments& segments, int64_t threads) {
+const char* transform_inputs(T* out, int64_t plane, Matrix<const T> x, int64_t rows, int64_t size,
+                             const Table& table, const Targets& targets, const Segments& segments,
+                             int64_t threads) {
     std::vector<Unit<T>> units;
+    std::vector<char> done(rows);  // as the target wants them
+    for (int64_t t = 0; t < targets.count; ++t) {
+        const Matrix<T> input{out + t * plane, size};
+        const auto add = [&](const Transform<T>& transform, int64_t start, int64_t end) {
+            for (int64_t row = start; row < end; row += BLOCK_ROWS)
+                units.push_back({transform, x.from(row), input.from(row),
+                                 min_of(BLOCK_ROWS, end - row)});
+        };
+        std::fill(done.begin(), done.end(), 0);
+        const auto found = [&](Cell<T>& cell, int64_t start, int64_t end, float) {
+            const Transform<T> transform(cell, size);
+            if (cell.error) return;
+            add(transform, start, end);
+            std::fill(done.begin() + start, done.begin() + end, 1);
+        };
+        const char* error = for_each_cell<T>(table, targets.first + t, segments, rows, found);
+        if (error) return error;
+        for (int64_t row = 0, end; row < rows; row = end) {
+            for (end = row + 1; end < rows && done[end] == done[row];) ++end;
+            if (!done[row]) add(Transform<T>(size), row, end);
+        }
+    }
     int64_t scratch = 0;
-    const auto add = [&](Cell<T>& cell, int64_t start, int64_t end, float) {
-        const Transform<T> transform(cell, size);
-        if (cell.error) return;
-        scratch = max_of(scratch, transform.scratch());
-        for (int64_t row = start; row < end; row += BLOCK_ROWS)
-            units.push_back({transform, x.from(row), min_of(BLOCK_ROWS, end - row)});
-    };
-    if (const char* error = for_each_cell<T>(table, place, segments, rows, add)) return error;
-    return run_units(units, scratch, threads, [](const Unit<T>& unit, float* own) {
-        return unit.transform.compute(unit.x, unit.rows, own);
+    for (const Unit<T>& unit : units) scratch = max_of(scratch, unit.transform.scratch());
+    return run_units(units, scratch, threads, [&](const Unit<T>& unit, float* own) {
+        const Unit<T>* next = &unit + 1;  // most likely this thread's
+        const bool last = next == units.data() + units.size();
+        return unit.transform.compute(unit.x, unit.out, unit.rows, own,
+                                      last ? Ahead() : next->transform.reads());
     });
-}
-
-constexpr int64_t SERIAL_ROWS = 64;  // below this, waking threads costs more than it saves
-
-template <class T>
-void copy_row(T* to, const T* from, int64_t size) {
-    std::memcpy(to, from, size * sizeof(T));
-}
-
-bool all_inside(const int64_t* chosen, int64_t count, int64_t rows) {
-    bool found = true;
-    for (int64_t i = 0; i < count; ++i) found &= inside(chosen[i], 1, rows);
-    return found;
-}
-
-template <class T>
-const char* spread_rows(T* wide, Matrix<const T> x, int64_t rows, int64_t size,
-                        const int64_t* chosen, int64_t count, int64_t copies, int64_t threads) {
-    if (!all_inside(chosen, count, rows)) return "a chosen row is none of the batch's";
-    const int64_t all = rows + copies * count;
-    for_each_task(all, all < SERIAL_ROWS ? 1 : threads, [=](int64_t i) {
-        copy_row(wide + i * size, x.row(i < rows ? i : chosen[(i - rows) % count]), size);
-    });
-    return nullptr;
-}
-
-template <class T>
-const char* collect_outputs(Matrix<T> y, int64_t rows, int64_t size, const int64_t* chosen,
-                            int64_t count, const Targets& targets, int64_t threads) {
-    if (!all_inside(chosen, count, rows)) return "a chosen row is none of the batch's";
-    for (int64_t t = 1; t < targets.count; ++t)
-        if (!inside(targets.out_starts[t], targets.out_sizes[t], size))
-            return "a target reaches outside the output's columns";
-    const int64_t all = (targets.count - 1) * count;
-    for_each_task(all, all < SERIAL_ROWS ? 1 : threads, [=, &targets](int64_t i) {
-        const int64_t target = 1 + i / count, start = targets.out_starts[target];
-        copy_row(y.row(chosen[i % count]) + start, y.row(rows + i) + start,
-                 targets.out_sizes[target]);
-    });
-    return nullptr;
 }
 
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                             \
-    extern "C" const char* NAME(void* x, int64_t x_stride, int64_t rows, int64_t size,              \
-                                const Table* table, int64_t place, const Segments* segments,        \
+    extern "C" const char* NAME(void* out, int64_t plane, const void* x, int64_t x_stride,          \
+                                int64_t rows, int64_t size, const Table* table,                     \
+                                const Targets* targets, const Segments* segments,                   \
                                 int64_t threads) {                                                  \
-        return transform_input<T>({static_cast<T*>(x), x_stride}, rows, size, *table, place,        \
-                                  *segments, threads);                                              \
+        return transform_inputs<T>(static_cast<T*>(out), plane,                                     \
+                                   {static_cast<const T*>(x), x_stride}, rows, size, *table,        \
+                                   *targets, *segments, threads);                                   \
     }                                                                                               \
     EXPORT_PACKED(NAME)
 
-EXPORT(transform_input_float32, float)
-EXPORT(transform_input_bfloat16, bfloat16)
-
-#define EXPORT_SPREAD(NAME, T)                                                                      \
-    extern "C" const char* NAME(void* wide, const void* x, int64_t x_stride, int64_t rows,          \
-                                int64_t size, const int64_t* chosen, int64_t count, int64_t copies, \
-                                int64_t threads) {                                                  \
-        return spread_rows<T>(static_cast<T*>(wide), {static_cast<const T*>(x), x_stride}, rows,    \
-                              size, chosen, count, copies, threads);                                \
-    }                                                                                               \
-    EXPORT_PACKED(NAME)
-
-EXPORT_SPREAD(spread_rows_float32, float)
-EXPORT_SPREAD(spread_rows_bfloat16, bfloat16)
-
-#define EXPORT_COLLECT(NAME, T)                                                                     \
-    extern "C" const char* NAME(void* y, int64_t rows, int64_t size, const int64_t* chosen,         \
-                                int64_t count, const Targets* targets, int64_t threads) {           \
-        return collect_outputs<T>({static_cast<T*>(y), size}, rows, size, chosen, count, *targets,  \
-                                  threads);                                                         \
-    }                                                                                               \
-    EXPORT_PACKED(NAME)
-
-EXPORT_COLLECT(collect_outputs_float32, float)
-EXPORT_COLLECT(collect_outputs_bfloat16, bfloat16)
+EXPORT(transform_inputs_float32, float)
+EXPORT(transform_inputs_bfloat16, bfloat16)

@@ -1,4 +1,4 @@
-"""transform_input on a GPU, in one launch for all segments.
+"""transform_inputs on a GPU, in one launch a target for all segments, on copies of x.
 
 A stage's blocks read and write the same columns, and no others: so one stage is shared by many
 programs, each with the spans (whole blocks) that are its own. With several stages, columns move
@@ -33,7 +33,7 @@ from ..gpu.rows import (
     require,
 )
 from ..gpu.shapes import Shapes, shape_only
-from ..tables import PrimitiveTable, Segments
+from ..tables import PrimitiveTable, Segments, SiteTargets
 from .gpu_kernels import transform_input_kernel
 from .op import Cell
 
@@ -42,7 +42,7 @@ DEPTH = 16
 
 
 def transform_launch(x: Tensor, place: Place) -> Launch:
-    """x[i:j] <- s * x[i:j], then every stage's rotations."""
+    """x[i:j] <- s * x[i:j], then every stage's rotations, in place."""
     num_rows, size = x.shape
     single = place.max_rows <= 1
     rows, block = (1, 256) if single else (16, 32)
@@ -67,13 +67,18 @@ def transform_launch(x: Tensor, place: Place) -> Launch:
     )
 
 
-def transform_input(x: Tensor, table: PrimitiveTable, row: int, segments: Segments) -> None:
+def transform_inputs(
+    x: Tensor, table: PrimitiveTable, targets: SiteTargets, segments: Segments
+) -> Tensor:
     """See ``op``; raises ValueError for a wrong dtype, device, shape or layout."""
     require(
-        x.dim() == 2 and x.stride(1) == 1, "transform_input: rows must have strides of 1 last", x
+        x.dim() == 2 and x.stride(1) == 1, "transform_inputs: rows must have strides of 1 last", x
     )
-    check_cells("transform_input", table, x)
-    _TRANSFORM(x, *flat(table, row, segments))
+    check_cells("transform_inputs", table, x)
+    inputs = x.repeat(len(targets.out_starts), 1, 1)
+    for position, rows in enumerate(inputs):
+        _TRANSFORM(rows, *flat(table, targets.first + position, segments))
+    return inputs
 
 
 def production(shapes: Shapes, dtype: torch.dtype) -> Iterator[Launch]:

@@ -1,4 +1,4 @@
-"""The formulas of ``op`` in plain torch, transforms in float32 from beginning to end."""
+"""The formula of ``op`` in plain torch, in float32 from beginning to end."""
 
 import torch
 from torch import Tensor
@@ -8,26 +8,16 @@ from ..tables import PrimitiveTable, Segments, SiteTargets
 from .op import Cell
 
 
-def transform_input(x: Tensor, table: PrimitiveTable, row: int, segments: Segments) -> None:
-    """x[i:j] <- s * x[i:j], then every stage's rotations of permuted blocks; rounded once."""
-    for found in iter_cells(table, row, segments):
-        rows = x[found.rows]
-        rows.copy_(_transformed(rows.float(), found, Cell(*found.fields)))
-
-
-def spread_rows(x: Tensor, chosen: Tensor, copies: int) -> Tensor:
-    """X and, below it, x[chosen] as many times."""
-    return torch.cat([x, *[x[chosen]] * copies])
-
-
-def collect_outputs(y: Tensor, chosen: Tensor, targets: SiteTargets) -> Tensor:
-    """The first rows of y, with every target's columns from the rows that were appended for it."""
-    count, further = len(chosen), len(targets.out_starts) - 1
-    own, *appended = torch.split(y, [len(y) - further * count, *[count] * further])
-    columns = zip(targets.out_starts[1:], targets.out_sizes[1:], strict=True)
-    for (first, width), part in zip(columns, appended, strict=True):
-        own[chosen, first : first + width] = part[:, first : first + width]
-    return own
+def transform_inputs(
+    x: Tensor, table: PrimitiveTable, targets: SiteTargets, segments: Segments
+) -> Tensor:
+    """inputs[t, i:j] = s * x[i:j], then rotations of permuted blocks, by stages; rounded once."""
+    inputs = x.repeat(len(targets.out_starts), 1, 1)
+    for position, rows in enumerate(inputs):
+        for found in iter_cells(table, targets.first + position, segments):
+            own = rows[found.rows]
+            own.copy_(_transformed(own.float(), found, Cell(*found.fields)))
+    return inputs
 
 
 def _transformed(x: Tensor, found: CellRows, cell: Cell) -> Tensor:

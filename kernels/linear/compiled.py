@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cpu.corrections import prepare_targets
 from ..cpu.library import INT, POINTER, ROWS, Kernel, Library, raise_if, require
 from ..memory import HugeMemory
+from ..tables import SiteTargets
 from .op import LinearOp
 from .packed import prepare_linear as prepare_packed
 
-_ARGUMENTS = (POINTER, POINTER, INT, ROWS, INT, INT, POINTER, POINTER, INT)
+_ARGUMENTS = (POINTER, POINTER, INT, INT, ROWS, INT, INT, POINTER, POINTER, POINTER, INT)
 
 _WEIGHT_BYTES = 1 << 26
 """Reserved at a time for packed weights; what is not used is not touched."""
@@ -38,26 +40,43 @@ class _PackedLinear:
     in_size: int
     out_size: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """X (rows, in) -> (rows, out).
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """See ``LinearOp``.
 
         Raises:
             ValueError: It has another width, another dtype, or gaps within its rows.
         """
+        return self._multiplied(x[None], SiteTargets(0, (0,), (self.out_size,)))
+
+    def per_target(self, inputs: Tensor, _: Tensor, targets: SiteTargets, /) -> Tensor:
+        """See ``LinearOp``.
+
+        Raises:
+            ValueError: They have another width, another dtype, or gaps within their rows, or there
+                are not as many as targets.
+            IndexError: A target reaches outside the output's columns.
+        """
+        require(len(inputs) == len(targets.out_starts), "every target wants an input of its own")
+        return self._multiplied(inputs, targets)
+
+    def _multiplied(self, inputs: Tensor, targets: SiteTargets) -> Tensor:
+        _, rows, size = inputs.shape
         require(
-            x.dtype is torch.bfloat16 and x.shape[1] == self.in_size and x.stride(1) == 1,
+            inputs.dtype is torch.bfloat16 and size == self.in_size and inputs.stride(2) == 1,
             f"expected dense bfloat16 rows of {self.in_size}",
         )
-        y = torch.empty(len(x), self.out_size, dtype=torch.bfloat16)
+        y = torch.empty(rows, self.out_size, dtype=torch.bfloat16)
         error = self.multiply(
             y.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            len(x),
+            inputs.data_ptr(),
+            inputs.stride(0),
+            inputs.stride(1),
+            rows,
             self.in_size,
             self.out_size,
             self.packed.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
+            prepare_targets(targets),
             torch.get_num_threads(),
         )
         raise_if(error, "linear")

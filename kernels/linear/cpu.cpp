@@ -6,6 +6,7 @@
 //   outputs, the two inputs of a pair side by side; beyond the weight's edges there are zeros.
 //
 // A row's sums run over its inputs in order, whatever rows stand beside it: the same bits in any company.
+// The targets' columns may each be of an input of their own.
 #include "../cpu/amx.h"
 #include "../cpu/tables.h"
 
@@ -36,10 +37,18 @@ constexpr int64_t PART_ROWS = 128;  // from so many for each thread on, rows are
 
 struct Call {
     bfloat16* y;
-    Matrix<const bfloat16> x;
     int64_t rows;
     Shape shape;
     const bfloat16 *packed, *bias;
+};
+
+// A target's columns begin .. end of y, which lie in blocks first .. last of outputs, and its input.
+struct Columns {
+    int64_t begin, end, first, last;
+    Matrix<const bfloat16> x;
+    Columns(int64_t begin, int64_t size, Matrix<const bfloat16> x)
+        : begin(begin), end(begin + size), first(begin / BLOCK_OUTS), last(div_up(end, BLOCK_OUTS)), x(x) {}
+    int64_t blocks() const { return last - first; }
 };
 
 // What a thread keeps: rows of x that fill no tile, with zeros behind them, and a block's sums.
@@ -51,12 +60,13 @@ struct Scratch {
 };
 
 // Rows from `row` on as tiles can be loaded of them: where they lie, or copied and padded.
-Matrix<const bfloat16> tile_rows(const Call& call, int64_t row, int64_t count, Scratch& scratch) {
-    const int64_t size = call.shape.in_size, padded = call.shape.in_tiles() * TILE_INS;
-    if (size == padded && count % TILE_ROWS == 0) return call.x.from(row);
+Matrix<const bfloat16> tile_rows(const Shape& shape, Matrix<const bfloat16> x, int64_t count,
+                                 Scratch& scratch) {
+    const int64_t size = shape.in_size, padded = shape.in_tiles() * TILE_INS;
+    if (size == padded && count % TILE_ROWS == 0) return x;
     std::memset(scratch.rows.get(), 0, sizeof(bfloat16) * BLOCK_ROWS * padded);
     for (int64_t r = 0; r < count; ++r)
-        std::memcpy(scratch.rows.get() + r * padded, call.x.row(row + r), sizeof(bfloat16) * size);
+        std::memcpy(scratch.rows.get() + r * padded, x.row(r), sizeof(bfloat16) * size);
     return {scratch.rows.get(), padded};
 }
 
@@ -93,30 +103,57 @@ INLINE void multiply(Matrix<const bfloat16> x, const bfloat16* first, const bflo
     }
 }
 
-void write(const Call& call, int64_t row, int64_t count, int64_t out, const float* sums) {
-    const int64_t outs = min_of(BLOCK_OUTS, call.shape.out_size - out);
-    for (int64_t r = 0; r < count; ++r) {
+// Those of the block's sums that are of the columns.
+void write(const Call& call, const Columns& columns, int64_t row, int64_t count, int64_t block,
+           const float* sums) {
+    const int64_t out = max_of(block * BLOCK_OUTS, columns.begin);
+    const int64_t outs = min_of((block + 1) * BLOCK_OUTS, columns.end) - out;
+    sums += out - block * BLOCK_OUTS;
+    for (int64_t r = 0; r < count; ++r, sums += BLOCK_OUTS) {
         bfloat16* y = call.y + (row + r) * call.shape.out_size + out;
         for_groups(outs, LANES, [&](int64_t i, auto... n) {
-            const Floats sum = load(sums + r * BLOCK_OUTS + i, n...);
+            const Floats sum = load(sums + i, n...);
             store(y + i, call.bias ? sum + load(call.bias + out + i, n...) : sum, n...);
         });
     }
 }
 
 // Two tiles of outputs for the rows from .. to: their weights are read from memory once.
-void compute(const Call& call, int64_t block, int64_t from, int64_t to, Scratch& scratch) {
-    const int64_t in_tiles = call.shape.in_tiles(), out = block * BLOCK_OUTS;
+void compute(const Call& call, const Columns& columns, int64_t block, int64_t from, int64_t to,
+             Scratch& scratch) {
+    const int64_t in_tiles = call.shape.in_tiles();
     const bfloat16* first = call.packed + 2 * block * in_tiles * TILE;
     const bool lone = 2 * block + 1 == call.shape.out_tiles();
     const bfloat16* second = lone ? first : first + in_tiles * TILE;  // its sums are not written
     for (int64_t row = from; row < to; row += BLOCK_ROWS) {
         const int64_t count = min_of(BLOCK_ROWS, to - row);
-        const Matrix<const bfloat16> x = tile_rows(call, row, count, scratch);
+        const Matrix<const bfloat16> x =
+            tile_rows(call.shape, columns.x.from(row), count, scratch);
         if (count > TILE_ROWS) multiply<true>(x, first, second, in_tiles, scratch.sums);
         else multiply<false>(x, first, second, in_tiles, scratch.sums);
-        write(call, row, count, out, scratch.sums);
+        write(call, columns, row, count, block, scratch.sums);
     }
+}
+
+const char* multiply(const Call& call, const std::vector<Columns>& columns, int64_t threads) {
+    // Few rows' time is that of reading weights, of which each thread has its part. Many rows' is that
+    // of what lies between the operations, so each thread keeps to its part of the rows.
+    const int64_t parts = call.rows >= threads * PART_ROWS ? threads : 1;
+    const int64_t part_rows = div_up(div_up(call.rows, parts), BLOCK_ROWS) * BLOCK_ROWS;
+    int64_t blocks = 0;
+    for (const Columns& each : columns) blocks += each.blocks();
+    share_tasks(parts * blocks, threads, [&](Tasks& tasks) {
+        const TilesInUse in_use{TileConfig()};
+        Scratch scratch(call.shape);
+        tasks.each([&](int64_t task) {
+            const int64_t from = task / blocks * part_rows;
+            int64_t block = task % blocks;
+            const Columns* own = columns.data();
+            for (; block >= own->blocks(); ++own) block -= own->blocks();
+            compute(call, *own, own->first + block, from, min_of(from + part_rows, call.rows), scratch);
+        });
+    });
+    return nullptr;
 }
 
 #endif
@@ -137,30 +174,25 @@ extern "C" void pack_linear(const void* weight, int64_t in_size, int64_t out_siz
     pack(static_cast<const bfloat16*>(weight), {in_size, out_size}, static_cast<bfloat16*>(packed));
 }
 
-extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_stride, int64_t rows,
-                                       int64_t in_size, int64_t out_size, const void* packed,
-                                       const void* bias, int64_t threads) {
+// Input t (rows, in) of the targets begins t * x_plane behind x.
+extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_plane, int64_t x_stride,
+                                       int64_t rows, int64_t in_size, int64_t out_size,
+                                       const void* packed, const void* bias,
+                                       const Targets* targets, int64_t threads) {
 #ifdef HAS_AMX
-    const Call call{static_cast<bfloat16*>(y), {static_cast<const bfloat16*>(x), x_stride}, rows,
-                    {in_size, out_size}, static_cast<const bfloat16*>(packed),
-                    static_cast<const bfloat16*>(bias)};
-    // Few rows' time is that of reading weights, of which each thread has its part. Many rows' is that
-    // of what lies between the operations, so each thread keeps to its part of the rows.
-    const int64_t parts = rows >= threads * PART_ROWS ? threads : 1;
-    const int64_t part_rows = div_up(div_up(rows, parts), BLOCK_ROWS) * BLOCK_ROWS;
-    const int64_t blocks = div_up(call.shape.out_tiles(), 2);
-    share_tasks(parts * blocks, threads, [&](Tasks& tasks) {
-        const TilesInUse in_use{TileConfig()};
-        Scratch scratch(call.shape);
-        tasks.each([&](int64_t task) {
-            const int64_t from = task / blocks * part_rows;
-            compute(call, task % blocks, from, min_of(from + part_rows, rows), scratch);
-        });
-    });
-    return nullptr;
+    const Call call{static_cast<bfloat16*>(y), rows, {in_size, out_size},
+                    static_cast<const bfloat16*>(packed), static_cast<const bfloat16*>(bias)};
+    std::vector<Columns> columns;
+    for (int64_t t = 0; t < targets->count; ++t) {
+        const int64_t start = targets->out_starts[t], size = targets->out_sizes[t];
+        if (!inside(start, size, out_size)) return "a target reaches outside the output's columns";
+        const auto* input = static_cast<const bfloat16*>(x) + t * x_plane;
+        columns.push_back({start, size, {input, x_stride}});
+    }
+    return multiply(call, columns, threads);
 #else
-    (void)y, (void)x, (void)x_stride, (void)rows, (void)in_size, (void)out_size, (void)packed;
-    (void)bias, (void)threads;
+    (void)y, (void)x, (void)x_plane, (void)x_stride, (void)rows, (void)in_size, (void)out_size;
+    (void)packed, (void)bias, (void)targets, (void)threads;
     return "this processor has no matrix unit";
 #endif
 }

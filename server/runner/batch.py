@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ...adapters.device.batch import Place, RowRange
+from ...adapters.device.batch_layout import RowRange
 from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
-from ...kernels.tables import lengthened
+from ...kernels.tables import Place, lengthened
 from ..scheduler.plan import ScheduledSequence, StepPlan
 from ..scheduler.sequence import Prefix
 
@@ -44,12 +44,10 @@ class Buckets:
     Attributes:
         decode: Rows of a step of one token of every sequence, all of which choose.
         prompts: Rows of other steps.
-        records: Whether what an adapter slot holds can be part of such a step.
     """
 
     decode: Sequence[int] = ()
     prompts: Sequence[int] = ()
-    records: Callable[[int], bool] = lambda _: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +179,7 @@ def _padding(
         return None if decode is None else Padding(decode, decode, decodes=True)
     prompt = _least(num_rows, buckets.prompts)
     sequences = _least(len(scheduled), buckets.decode[-1:])
-    slots = {each.slot for ranges in passes for each in ranges}
-    if prompt is None or sequences is None or not all(map(buckets.records, slots)):
+    if prompt is None or sequences is None:
         return None
     return Padding(prompt, sequences, decodes=False)
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...adapters.device.batch import NOT_RECORDED, AdapterBatch, make_batch
+from ...adapters.device.batch import AdapterBatch, make_batch, place_batch
+from ...adapters.device.batch_layout import LatestLayout
 from ...adapters.device.pool import AdapterPool
 from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import DeltaOps
@@ -104,11 +105,12 @@ class Runner:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._pool = pool
+        self._layouts = LatestLayout(pool)
         self._ops = ops
         self._find_adapter = find_adapter
         self._lowered = lowered
         self._stage = stage
-        self._buckets = Buckets(buckets, prompts.buckets if prompts else (), self._records)
+        self._buckets = Buckets(buckets, prompts.buckets if prompts else ())
         self._graphs = graphs
         self._prompts = prompts
 
@@ -130,7 +132,8 @@ class Runner:
             self._stage.place,
             self._buckets,
         )
-        deltas = make_batch(self._pool, self._ops, batch.passes, self._stage.place, batch.bucket)
+        layout = self._layouts.of(batch.passes, batch.bucket)
+        deltas = place_batch(layout, self._ops, self._stage.place)
         head_deltas = self._head_deltas(
             _sampling_spans(batch), batch.bucket if batch.decodes else None
         )
@@ -196,9 +199,6 @@ class Runner:
             return self._prompts.run_once(compute, padded)
         deltas = inputs.deltas and inputs.deltas.shape
         return self._prompts.run((batch.shape, deltas), compute, padded)
-
-    def _records(self, slot: int) -> bool:
-        return NOT_RECORDED.isdisjoint(self._pool.types_in(slot))
 
     def _padded_logits(self, inputs: StepInputs) -> Tensor:
         """(bucket, vocab): every row of a padded step chooses, or is padding."""

@@ -64,10 +64,10 @@ class Applied:
 
     def transformed(self, target: LinearTarget, x: Tensor) -> Tensor:
         """What the base multiplies instead of x."""
-        x = x.clone()
+        targets = SiteTargets(target.index, (0,), (target.out_features,))
         table, segments = self.tables[InputTransform], self._segments(x)
-        self.ops.transform_input(x, table, target.index, segments)
-        return x
+        (inputs,) = self.ops.transform_inputs(x, table, targets, segments)
+        return inputs
 
     def corrected(self, target: LinearTarget, y: Tensor, x: Tensor) -> Tensor:
         """What the base's output y becomes; the corrections see x as it came."""

@@ -1,12 +1,14 @@
 """The device tier over poisoned memory: corrections through the reference ops, and the books."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltamux.adapters.device.batch import RowRange, make_batch
+from deltamux.adapters.device.batch import make_batch
+from deltamux.adapters.device.batch_layout import LatestLayout, RowRange, lay_out
 from deltamux.adapters.device.extents import ExtentError
 from deltamux.adapters.device.pool import AdapterPool
 from deltamux.adapters.device.residency import Residency, ResidencyError
@@ -236,6 +238,37 @@ def test_a_batch_has_only_what_its_adapters_have():
     assert batches[affine]._linear[0].rows == (True, False, False, False)
     assert batches[dense]._linear[0].rows == (False, False, True, False)
     assert make_batch(pool, OPS, [[], []]) is None
+
+
+def test_a_layout_is_kept_while_rows_and_adapters_stay():
+    pool = new_pool()
+    layouts = LatestLayout(pool)
+    placement = pool.install(toy({"a": 3}))
+    (slot,) = placement.slots
+
+    def rows(end=2):
+        return [[RowRange(0, end, slot, 1.0)]]
+
+    first = layouts.of(rows(), 4)
+    assert list(first) == [Affine]
+    assert layouts.of(rows(), 4) is first
+    for passes, bucket in ((rows(3), 4), (rows(3), None), ([[]], None)):
+        assert_same_layout(layouts.of(passes, bucket), lay_out(pool, passes, bucket))
+    pool.remove(placement)
+    assert pool.install(
+        LoweredAdapter("d", "x", "y", (one_part(Dense(LAYOUT.targets["c"], torch.ones(24, 40))),))
+    ).slots == (slot,)
+    assert list(layouts.of(rows(), 4)) == [Dense]
+
+
+def assert_same_layout(found, expected):
+    assert found.keys() == expected.keys()
+    for kind, part in found.items():
+        assert part.rows == expected[kind].rows
+        for one, other in zip(part.passes, expected[kind].passes, strict=True):
+            assert (one.max_rows, one.max_inner) == (other.max_rows, other.max_inner)
+            np.testing.assert_array_equal(one.columns, other.columns)
+            np.testing.assert_array_equal(one.rows, other.rows)
 
 
 @pytest.mark.parametrize("overlapping", [False, True])

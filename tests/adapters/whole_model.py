@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltamux.adapters.device.batch import RowRange, make_batch
+from deltamux.adapters.device.batch import make_batch
+from deltamux.adapters.device.batch_layout import RowRange
 from deltamux.adapters.device.pool import AdapterPool
 from deltamux.adapters.primitives.lowered import LoweredAdapter
 from deltamux.adapters.scope import EveryPosition

@@ -1,4 +1,4 @@
-"""transform_input against the block-diagonal and permutation matrices it stands for."""
+"""transform_inputs against the block-diagonal and permutation matrices it stands for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,9 @@ from .compare import assert_close, same_bits
 from .pools import FIRST, NAN, Pool, num_threads, poison_outside, segments_of, strided_rows
 
 Groups = Sequence[tuple[int, int, int, float]]
+
+ONE_TARGET = SiteTargets(FIRST, (0,), (1,))
+"""How wide it is does not matter: inputs are not outputs."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,32 @@ def check(backend: Backend, site: Site, rows: int, groups: Groups) -> None:
     poison_outside(x, groups)
     before, buffer = x.clone(), x._base
     assert buffer is not None
-    margins = buffer.clone()
+    whole = buffer.clone()
     with num_threads(2):
-        backend.deltas.transform_input(x, site.table, FIRST, segments_of(groups))
+        inputs = backend.deltas.transform_inputs(x, site.table, ONE_TARGET, segments_of(groups))
+    assert inputs.shape == (1, *x.shape)
+    (found,) = inputs
     changed = torch.zeros(rows, dtype=torch.bool)
     for start, end, slot, _ in groups:
         if slot in site.matrices and start < end:
             changed[start:end] = True
             old = before[start:end].double()
             exact, magnitude = old @ site.matrices[slot], old.abs() @ site.terms[slot]
-            assert_close(x[start:end], exact.float(), magnitude.float())
-    assert same_bits(x[~changed], before[~changed])
-    margins[:, 3 : 3 + site.size] = x
-    assert same_bits(buffer, margins), "columns beside the view were written"
+            assert_close(found[start:end], exact.float(), magnitude.float())
+    assert same_bits(found[~changed], before[~changed])
+    assert same_bits(buffer, whole), "x was written"
+
+
+def transformed(
+    backend: Backend,
+    x: Tensor,
+    site: Site,
+    group: tuple[int, int, int, float],
+    targets: SiteTargets = ONE_TARGET,
+) -> Tensor:
+    """The input of a site's one target."""
+    (found,) = backend.deltas.transform_inputs(x, site.table, targets, segments_of([group]))
+    return found
 
 
 @pytest.fixture(params=["compiled", "reference", "interpreted"])
@@ -154,15 +170,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
     site = make_site(dtype, 60, [*SHAPES.values()])
     x = torch.randn(37, 60, generator=torch.Generator().manual_seed(2)).to(dtype)
     for slot in range(len(SHAPES)):
-        together = x.clone()
         with num_threads(2):
-            compiled.deltas.transform_input(
-                together, site.table, FIRST, segments_of([(0, 37, slot, 1.0)])
-            )
+            together = transformed(compiled, x, site, (0, 37, slot, 1.0))
         for row in range(37):
-            alone = x[row : row + 1].clone()
-            segment = segments_of([(0, 1, slot, 1.0)])
-            compiled.deltas.transform_input(alone, site.table, FIRST, segment)
+            alone = transformed(compiled, x[row : row + 1], site, (0, 1, slot, 1.0))
             assert same_bits(alone, together[row : row + 1])
 
 
@@ -170,8 +181,8 @@ def test_a_nan_stays_in_its_row(compiled: Backend, dtype: torch.dtype) -> None:
     site = make_site(dtype, 60, [SHAPES["butterfly"]])
     x = torch.ones(9, 60, dtype=dtype)
     x[4, 7] = NAN
-    compiled.deltas.transform_input(x, site.table, FIRST, segments_of([(0, 9, 0, 1.0)]))
-    assert x.isnan().any(1).tolist() == [row == 4 for row in range(9)]
+    found = transformed(compiled, x, site, (0, 9, 0, 1.0))
+    assert found.isnan().any(1).tolist() == [row == 4 for row in range(9)]
 
 
 @pytest.mark.parametrize(
@@ -194,24 +205,20 @@ def test_cells_that_reach_outside_are_refused(
 ) -> None:
     site = make_site(torch.float32, 60, [SHAPES["butterfly"]])
     site.table.cells[FIRST, 0, field] = value
-    x = torch.ones(3, 60)
     with pytest.raises(IndexError, match=words):
-        compiled.deltas.transform_input(x, site.table, FIRST, segments_of([(0, 3, 0, 1.0)]))
-    assert torch.equal(x, torch.ones(3, 60))
+        transformed(compiled, torch.ones(3, 60), site, (0, 3, 0, 1.0))
 
 
 @pytest.mark.parametrize("index", [-1, 60])
 def test_permutations_that_reach_outside_are_refused(compiled: Backend, index: int) -> None:
     site = make_site(torch.float32, 60, [SHAPES["butterfly"]])
     site.table.indices[site.table.cells[FIRST, 0, 4] + 100] = index
-    x = torch.ones(3, 60)
     with pytest.raises(IndexError, match="outside the input"):
-        compiled.deltas.transform_input(x, site.table, FIRST, segments_of([(0, 3, 0, 1.0)]))
+        transformed(compiled, torch.ones(3, 60), site, (0, 3, 0, 1.0))
 
 
 def test_rows_and_slots_that_are_not_there_are_refused(compiled: Backend) -> None:
     site = make_site(torch.float32, 60, [SHAPES["scale"]])
-    x = torch.ones(3, 60)
     for row, group in (
         (FIRST + 1, (0, 3, 0, 1.0)),
         (-1, (0, 3, 0, 1.0)),
@@ -219,58 +226,40 @@ def test_rows_and_slots_that_are_not_there_are_refused(compiled: Backend) -> Non
         (FIRST, (0, 3, 1, 1.0)),
     ):
         with pytest.raises(IndexError):
-            compiled.deltas.transform_input(x, site.table, row, segments_of([group]))
-    assert torch.equal(x, torch.ones(3, 60))
+            transformed(compiled, torch.ones(3, 60), site, group, SiteTargets(row, (0,), (1,)))
 
 
 def test_wrong_tensors_are_refused_by_what_is_wrong(compiled: Backend) -> None:
     site = make_site(torch.float32, 60, [SHAPES["scale"]])
     segments = segments_of([(0, 3, 0, 1.0)])
+    transform = compiled.deltas.transform_inputs
     with pytest.raises(ValueError, match="bfloat16"):
-        compiled.deltas.transform_input(torch.ones(3, 60).bfloat16(), site.table, FIRST, segments)
+        transform(torch.ones(3, 60).bfloat16(), site.table, ONE_TARGET, segments)
     with pytest.raises(ValueError, match="strides"):
-        compiled.deltas.transform_input(torch.ones(60, 3).T, site.table, FIRST, segments)
+        transform(torch.ones(60, 3).T, site.table, ONE_TARGET, segments)
     wrong = replace(segments, weight=segments.weight.double())
     with pytest.raises(ValueError, match="segments' weight"):
-        compiled.deltas.transform_input(torch.ones(3, 60), site.table, FIRST, wrong)
+        transform(torch.ones(3, 60), site.table, ONE_TARGET, wrong)
 
 
-THREE_TARGETS = SiteTargets(4, (0, 7, 9), (7, 2, 5))
-
-
-@pytest.mark.parametrize("chosen", [[], [0], [4, 1], [3, 0, 2, 1, 4]])
-@pytest.mark.parametrize("copies", [0, 1, 2])
-def test_rows_are_appended_once_more_for_every_copy(
-    compiled: Backend, dtype: torch.dtype, chosen: list[int], copies: int
-) -> None:
-    x = strided_rows(5, 9, dtype, torch.Generator().manual_seed(2))
-    wide = compiled.deltas.spread_rows(x, torch.tensor(chosen, dtype=torch.int64), copies)
-    assert same_bits(wide, torch.cat([x, *[x[chosen]] * copies]))
-
-
-@pytest.mark.parametrize("rows", [5, 70])
-def test_outputs_come_back_to_the_columns_of_their_targets(
-    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int
-) -> None:
-    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[: rows - 2]
-    y = torch.randn(rows + 2 * len(chosen), 15).to(dtype)
-    expected = y[:rows].clone()
-    for index, row in enumerate(chosen.tolist()):
-        expected[row, 7:9] = y[rows + index, 7:9]
-        expected[row, 9:14] = y[rows + len(chosen) + index, 9:14]
-    for backend in (compiled, reference):
-        found = backend.deltas.collect_outputs(y.clone(), chosen, THREE_TARGETS)
+def test_every_target_has_an_input_of_its_own(backend: Backend, dtype: torch.dtype) -> None:
+    """Of three targets, whose cells are of different slots; rows of none are those of x."""
+    rng, pool = torch.Generator().manual_seed(4), Pool(dtype)
+    placed = {(0, 0): "scale", (0, 1): "one-stage", (2, 1): "butterfly", (2, 2): "permuted"}
+    made = {place: put(pool, rng, 60, SHAPES[name]) for place, name in placed.items()}
+    table = pool.table(3, 3, {place: cell for place, (cell, _, _) in made.items()})
+    groups = [(1, 3, 0, 1.0), (4, 9, 1, 1.0), (9, 11, 2, 1.0)]
+    x = strided_rows(40, 60, dtype, torch.Generator().manual_seed(5))
+    targets = SiteTargets(FIRST, (0, 9, 16), (9, 7, 4))
+    with num_threads(2):
+        inputs = backend.deltas.transform_inputs(x, table, targets, segments_of(groups))
+    for target, found in enumerate(inputs):
+        expected = x.clone()
+        for start, end, slot, _ in groups:
+            if (target, slot) in made:
+                _, matrix, terms = made[target, slot]
+                old = x[start:end].double()
+                exact, magnitude = old @ matrix, old.abs() @ terms
+                assert_close(found[start:end], exact.float(), magnitude.float())
+                expected[start:end] = found[start:end]
         assert same_bits(found, expected)
-
-
-def test_rows_that_are_not_there_are_refused(compiled: Backend) -> None:
-    ops, x = compiled.deltas, torch.ones(3, 4)
-    for row in (-1, 3):
-        with pytest.raises(IndexError, match="spread_rows: a chosen row is none of the batch's"):
-            ops.spread_rows(x, torch.tensor([row]), 1)
-        with pytest.raises(IndexError, match="collect_outputs: a chosen row is none"):
-            ops.collect_outputs(torch.ones(5, 15), torch.tensor([row]), THREE_TARGETS)
-    with pytest.raises(IndexError, match="a target reaches outside the output's columns"):
-        ops.collect_outputs(torch.ones(5, 13), torch.tensor([0]), THREE_TARGETS)
-    with pytest.raises(ValueError, match="collect_outputs: y lacks rows"):
-        ops.collect_outputs(torch.ones(1, 15), torch.tensor([0]), THREE_TARGETS)

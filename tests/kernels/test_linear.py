@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamux.kernels.linear.compiled import CompiledLinear
+from deltamux.kernels.linear.compiled import CompiledLinear, _PackedLinear
 from deltamux.kernels.linear.op import PrepareLinear
+from deltamux.kernels.tables import SiteTargets
 
 from .compare import same_bits
 from .pools import NAN, num_threads, strided_rows
@@ -42,6 +43,31 @@ def test_packed_equals_the_formula(prepare_linear, dtype, rows, out_size, in_siz
     # One rounding of the result, beside float32's errors of summation.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 32, 96), (7, 30, 5), (1, 1, 70), (40,)])
+@pytest.mark.parametrize("rows", [1, 16, 40, 300])
+def test_every_targets_columns_are_of_its_own_input(prepare_linear, dtype, rows, sizes, bias):
+    weight = drawn(sum(sizes), 48, dtype=dtype)
+    linear = prepare_linear(weight, drawn(sum(sizes), dtype=dtype, seed=1) if bias else None)
+    inputs = drawn(rows, 48, dtype=dtype, seed=2).repeat(len(sizes), 1, 1)
+    changed = torch.arange(rows)[rows // 3 :: 2]
+    for target, own in enumerate(inputs):
+        own[changed] = drawn(len(changed), 48, dtype=dtype, seed=3 + target)
+    starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    targets = SiteTargets(5, tuple(starts[:-1]), tuple(sizes))
+    with num_threads(2):
+        y = linear.per_target(inputs, changed, targets)
+    assert y.shape == (rows, sum(sizes))
+    assert y.dtype is dtype
+    for own, start, end in zip(inputs, starts[:-1], starts[1:], strict=True):
+        expected = linear(own)[:, start:end]
+        # Each is rounded once.
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+        torch.testing.assert_close(y[:, start:end], expected, rtol=tolerance, atol=1e-4)
+        if isinstance(linear, _PackedLinear):
+            assert same_bits(y[:, start:end], expected)
 
 
 @pytest.mark.parametrize("in_size", [64, 60])
