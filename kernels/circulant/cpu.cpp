@@ -1,9 +1,7 @@
 // add_circulant on the CPU, as correlations: y_m[p] += w sum_n sum_d K[m, n, d] x_n[(p + d) mod b].
-// A unit of work is up to sixteen rows of one segment and a few blocks of y. In bfloat16 the matrix unit
-// computes it, where there is one and its tiles fit the blocks.
-#include "../cpu/products.h"
-#include "../cpu/tables.h"
-#include "matrix_tiles.h"
+// In bfloat16 the matrix unit computes them, where there is one and its tiles fit the blocks, and else
+// vectors: there a unit of work is up to sixteen rows of one segment and a few blocks of y.
+#include "tile_units.h"
 
 namespace {
 
@@ -83,43 +81,6 @@ class VectorCirculant {
     }
 };
 
-template <class W>
-int64_t blocks_of(const CirculantKernel<W>&) {
-    return VectorCirculant<W>::BLOCKS;
-}
-
-template <class W>
-int64_t scratch_of(const CirculantKernel<W>& kernel) {
-    return VectorCirculant<W>::scratch(kernel);
-}
-
-template <class T, class W>
-void correct(const CirculantKernel<W>& kernel, const Block<T>& block, float* scratch, Ahead) {
-    VectorCirculant<W>(kernel, scratch).correct(block);
-}
-
-#ifdef HAS_AMX
-
-bool on_tiles(const CirculantKernel<bfloat16>& kernel) {
-    return matrix_unit() && MatrixCirculant::fits(kernel);
-}
-
-int64_t blocks_of(const CirculantKernel<bfloat16>& kernel) {
-    return on_tiles(kernel) ? MatrixCirculant::BLOCKS : blocks_of<bfloat16>(kernel);
-}
-
-int64_t scratch_of(const CirculantKernel<bfloat16>& kernel) {
-    return on_tiles(kernel) ? MatrixCirculant::scratch(kernel) : scratch_of<bfloat16>(kernel);
-}
-
-void correct(const CirculantKernel<bfloat16>& kernel, const Block<bfloat16>& block, float* scratch,
-             Ahead ahead) {
-    if (on_tiles(kernel)) MatrixCirculant(kernel, scratch, ahead).correct(block);
-    else correct<bfloat16, bfloat16>(kernel, block, scratch, ahead);
-}
-
-#endif
-
 template <class T, class W>
 struct Circulant {
     static constexpr int64_t BLOCK_ROWS = 16;
@@ -128,28 +89,28 @@ struct Circulant {
     CirculantKernel<W> kernel;
 
     Circulant(Cell<W>& cell, int64_t in_size, int64_t out_size)
-        : out_size(out_size), kernel{cell[0], in_size, nullptr} {
-        const int64_t b = kernel.b;
-        if (b > 0 && in_size % b == 0 && out_size % b == 0)
-            kernel.numbers = cell.numbers(1, out_size / b, in_size);
-        else cell.error = "a circulant block's size does not divide the target's";
-    }
+        : out_size(out_size), kernel(kernel_of(cell, in_size, out_size)) {}
 
-    int64_t columns() const { return out_size; }
-    int64_t block_columns() const { return blocks_of(kernel) * kernel.b; }
-    int64_t scratch() const { return scratch_of(kernel); }
+    int64_t columns() const { return on_tiles(kernel) ? 0 : out_size; }
+    int64_t block_columns() const { return VectorCirculant<W>::BLOCKS * kernel.b; }
+    int64_t scratch() const { return VectorCirculant<W>::scratch(kernel); }
 
-    Ahead reads(const Block<T>& block) const {
-        return {kernel.rows(block.column), block.columns / kernel.b * kernel.in_size};
-    }
-
-    const char* compute(const Block<T>& block, float* scratch, Ahead ahead) const {
-        correct(kernel, block, scratch, ahead);
+    const char* compute(const Block<T>& block, float* scratch) const {
+        VectorCirculant<W>(kernel, scratch).correct(block);
         return nullptr;
     }
 };
 
+template <class T>
+const char* add_circulant(const LinearCall<T>& call) {
+#ifdef HAS_AMX
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (matrix_unit()) return add_on_tiles(call, correct_linear<Circulant<T, T>, T, T>);
+#endif
+    return correct_linear<Circulant<T, T>, T>(call);
+}
+
 }  // namespace
 
-EXPORT_LINEAR(add_circulant_float32, Circulant, float, float)
-EXPORT_LINEAR(add_circulant_bfloat16, Circulant, bfloat16, bfloat16)
+EXPORT_CORRECTION(add_circulant_float32, float, add_circulant)
+EXPORT_CORRECTION(add_circulant_bfloat16, bfloat16, add_circulant)

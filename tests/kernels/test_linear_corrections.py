@@ -364,6 +364,30 @@ def test_circulant_blocks_that_fit_the_matrix_unit(
     assert same_bits(alone[18], together[18])
 
 
+@pytest.mark.parametrize("blocks", [(64, 64, 64), (32, 64, 128)])
+def test_circulant_kernels_that_adjoin_give_the_bits_of_those_apart(
+    compiled: Backend, dtype: torch.dtype, blocks: tuple[int, ...]
+) -> None:
+    """Those of several targets share tiles where they lie in one piece, last target first."""
+    in_size, widths = 128, (256, 128, 1280)
+    counts = [width // b for width, b in zip(widths, blocks, strict=True)]
+    rng, pool = torch.Generator().manual_seed(6), Pool(dtype)
+    kernels = randn(pool, rng, sum(counts), in_size)
+    start, row = pool.put(kernels), sum(counts)
+    adjoining, apart = {}, {}
+    for t, (b, count) in enumerate(zip(blocks, counts, strict=True)):
+        row -= count
+        adjoining[t, 0] = CirculantCell(b, start + row * in_size)
+        apart[t, 0] = CirculantCell(b, pool.put(kernels[row : row + count]))
+    targets, segments = SiteTargets(FIRST, (0, 257, 386), widths), segments_of([(1, 7, 0, 0.5)])
+    x = torch.randn(8, in_size, generator=rng).to(dtype)
+    in_tiles, alone = torch.zeros(2, 8, 1666, dtype=dtype)
+    for y, cells in ((in_tiles, adjoining), (alone, apart)):
+        compiled.deltas.add_circulant(y, x, pool.table(3, 1, cells), targets, segments)
+    assert in_tiles.any()
+    assert same_bits(in_tiles, alone)
+
+
 @pytest.mark.parametrize("backend", ["compiled", "reference", "interpreted"])
 def test_no_segments_and_no_targets(
     request: pytest.FixtureRequest, backend: str, operation: tuple[str, Make], dtype: torch.dtype
