@@ -19,6 +19,9 @@ from .dense import reference as dense_reference
 from .embedding import reference as embedding_reference
 from .embedding.compiled import CompiledEmbedding
 from .embedding.op import CorrectEmbedding
+from .gather import reference as gather_reference
+from .gather.compiled import CompiledGather
+from .gather.op import GatherRows
 from .input_transform import reference as input_transform_reference
 from .input_transform.compiled import CompiledInputTransform
 from .input_transform.op import TransformInputs
@@ -93,6 +96,7 @@ class Backend:
     add_rms_norm: AddRMSNorm
     rotary: Rotary
     silu_mul: SiluMul
+    gather_rows: GatherRows
     pads_decode: bool = False
     programs: Programs | None = None
     leaves_out_rows: bool = False
@@ -110,6 +114,7 @@ def reference_backend() -> Backend:
         add_rms_norm=rms_norm_reference.add_rms_norm,
         rotary=rotary_reference.rotary,
         silu_mul=silu_mul_reference.silu_mul,
+        gather_rows=gather_reference.gather_rows,
     )
 
 
@@ -138,6 +143,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         add_rms_norm=norm.add_rms_norm,
         rotary=CompiledRotary(library).rotary,
         silu_mul=CompiledSiluMul(library).silu_mul,
+        gather_rows=CompiledGather(library).gather_rows,
         programs=Programs(library),
         leaves_out_rows=linear.has_matrix_unit,
     )

@@ -36,7 +36,11 @@ _ALIGNMENT = 64
 _CHUNK = 1 << 24
 """Bytes that an arena grows by."""
 
-_ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
+_ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+)
 
 Report = Callable[[str, float], None]
 """Takes an operation's name and the seconds that one call of it took."""

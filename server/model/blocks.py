@@ -30,7 +30,11 @@ class Linear:
 
 
 class Norm(Protocol):
-    """A normalisation of the residual stream, with the addition that comes before it."""
+    """A normalisation of the residual stream, with the addition that mostly comes before it."""
+
+    def forward(self, x: Tensor, deltas: AdapterBatch | None) -> Tensor:
+        """X (rows, size), normalised."""
+        ...
 
     def add(self, x: Tensor, residual: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """residual += x in place, then the normalised residual."""
@@ -84,13 +88,17 @@ class LayerNorm:
     eps: float
     row: int
 
+    def forward(self, x: Tensor, deltas: AdapterBatch | None) -> Tensor:
+        """x (rows, size) -> y of the same shape."""
+        y = functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if deltas is not None:
+            deltas.norm(y, x, self.row, self.eps, centered=True)
+        return y
+
     def add(self, x: Tensor, residual: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """residual += x in place, then the normalised residual."""
         residual += x
-        y = functional.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
-        if deltas is not None:
-            deltas.norm(y, residual, self.row, self.eps, centered=True)
-        return y
+        return self.forward(residual, deltas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +108,16 @@ class Embedding:
     Attributes:
         weight: (entries, hidden).
         row: Where adapters know it: its index in the layout.
+        backend: Device operations.
     """
 
     weight: Tensor
     row: int
+    backend: Backend
 
     def forward(self, ids: Tensor, deltas: AdapterBatch | None) -> Tensor:
         """(rows,) int64 -> a new (rows, hidden)."""
-        x = functional.embedding(ids, self.weight)
+        x = self.backend.gather_rows(self.weight, ids)
         if deltas is not None:
             deltas.embedding(x, ids, self.row)
         return x

@@ -17,7 +17,7 @@ from ...adapters.layout import (
     LinearTarget,
     NormSite,
 )
-from ...kernels.linear.op import PrepareLinear
+from ...kernels.backend import Backend
 from ...kernels.tables import SiteTargets
 from .blocks import Embedding, Linear
 from .checkpoint import Checkpoint
@@ -35,13 +35,13 @@ class ModelBuilder:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        prepare_linear: PrepareLinear,
+        backend: Backend,
     ) -> None:
-        """Weights become ``dtype`` on ``device``; ``prepare_linear`` keeps those of GEMMs."""
+        """Weights become ``dtype`` on ``device``, as the backend keeps them."""
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
-        self._prepare_linear = prepare_linear
+        self._backend = backend
         self._sites: list[LinearSite] = []
         self._norms: list[NormSite] = []
         self._embeddings: list[EmbeddingSite] = []
@@ -68,7 +68,7 @@ class ModelBuilder:
         sizes, total = list(outs.values()), sum(outs.values())
         weights, biases = ([f"{path}.{kind}" for path in outs] for kind in ("weight", "bias"))
         return Linear(
-            self._prepare_linear(
+            self._backend.prepare_linear(
                 self._stack(weights, [(size, in_features) for size in sizes], (total, in_features)),
                 self._stack(biases, [(size,) for size in sizes], (total,)) if bias else None,
             ),
@@ -80,7 +80,7 @@ class ModelBuilder:
         stored = self.tensor(f"{path}.weight", in_features, out_features)
         bias = self.tensor(f"{path}.bias", out_features)
         return Linear(
-            self._prepare_linear(stored.t().contiguous(), bias),
+            self._backend.prepare_linear(stored.t().contiguous(), bias),
             self._add_site(in_features, {path: out_features}, has_bias=True, is_transposed=True),
         )
 
@@ -96,7 +96,7 @@ class ModelBuilder:
         if "lm_head.weight" in self._checkpoint:
             self._check_tied(embedding)
         return Linear(
-            self._prepare_linear(embedding, None),
+            self._backend.prepare_linear(embedding, None),
             self._add_site(config.hidden_size, outs, has_bias=False),
         )
 
@@ -110,7 +110,7 @@ class ModelBuilder:
         """One ``nn.Embedding``."""
         index = len(self._embeddings)
         self._embeddings.append(EmbeddingSite(path, index, num_embeddings, size))
-        return Embedding(self.tensor(f"{path}.weight", num_embeddings, size), index)
+        return Embedding(self.tensor(f"{path}.weight", num_embeddings, size), index, self._backend)
 
     def layer(self, path: str, attention_path: str) -> LayerSite:
         """Note a layer, whose blocks the caller builds."""

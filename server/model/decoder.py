@@ -160,15 +160,17 @@ class Decoder:
             residual += self.positions.forward(positions, deltas)
         rotation = None if self.rotary is None else self.rotary.at(positions)
         step = Step(kv, batches, rotation, deltas)
-        x = torch.zeros_like(residual)
-        for index, layer in enumerate(self.layers):
-            x = layer.attention.forward(layer.attention_norm.add(x, residual, deltas), step)
+        following = (*(layer.attention_norm for layer in self.layers[1:]), self.final_norm)
+        normed = self.layers[0].attention_norm.forward(residual, deltas)
+        for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
+            x = layer.attention.forward(normed, step)
             if deltas is not None:
                 deltas.half(x, residual, index, Half.ATTENTION)
             x = layer.mlp.forward(layer.mlp_norm.add(x, residual, deltas), deltas)
             if deltas is not None:
                 deltas.half(x, residual, index, Half.MLP)
-        return self.final_norm.add(x, residual, deltas)
+            normed = norm.add(x, residual, deltas)
+        return normed
 
 
 def _joined(layers: Sequence[Tensor], length: int) -> Tensor:

@@ -27,14 +27,14 @@ def assemble(config: ModelConfig, builder: ModelBuilder, backend: Backend) -> De
         layers=layers,
         final_norm=final_norm,
         head=head,
-        rotary=_rotary(config, builder.device),
+        rotary=_rotary(config, builder.device, backend),
     )
 
 
-def _rotary(config: ModelConfig, device: torch.device) -> RotaryTable | None:
+def _rotary(config: ModelConfig, device: torch.device, backend: Backend) -> RotaryTable | None:
     if config.rope is None:
         return None
-    return rotary_table(config.rope, config.head_dim, config.max_position, device)
+    return rotary_table(config.rope, config.head_dim, config.max_position, device, backend)
 
 
 def _layer(

@@ -27,5 +27,5 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, backend: 
     """
     family, config = read_config(folder)
     checkpoint = Checkpoint(folder, family.base_prefix)
-    builder = ModelBuilder(checkpoint, dtype, device, backend.prepare_linear)
+    builder = ModelBuilder(checkpoint, dtype, device, backend)
     return family.assemble(config, builder, backend)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.backend import Backend
+
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
@@ -43,23 +45,31 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """cos and sin of position * frequency, both (max_position, head_dim / 2) float32."""
+    """cos and sin of position * frequency.
+
+    Attributes:
+        cos: (max_position, head_dim / 2) float32.
+        sin: The same.
+        backend: Device operations.
+    """
 
     cos: Tensor
     sin: Tensor
+    backend: Backend
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of both tables: (rows,) int64 -> two (rows, head_dim / 2)."""
-        return self.cos[positions], self.sin[positions]
+        gather = self.backend.gather_rows
+        return gather(self.cos, positions), gather(self.sin, positions)
 
 
 def rotary_table(
-    rope: RopeConfig, head_dim: int, max_position: int, device: torch.device
+    rope: RopeConfig, head_dim: int, max_position: int, device: torch.device, backend: Backend
 ) -> RotaryTable:
     """The table of every position that the model serves."""
     positions = torch.arange(max_position, dtype=torch.float32)
     angles = torch.outer(positions, frequencies(rope, head_dim))
-    return RotaryTable(cos=angles.cos().to(device), sin=angles.sin().to(device))
+    return RotaryTable(angles.cos().to(device), angles.sin().to(device), backend)
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

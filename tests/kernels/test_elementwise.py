@@ -117,6 +117,30 @@ def test_silu_mul_at_its_limits(backend: Backend, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, expected, rtol=2.0**-8, atol=1e-36)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 300])
+@pytest.mark.parametrize("size", [1, 60, 577])
+def test_gathered_rows_are_the_tables(
+    compiled: Backend, reference: Backend, dtype: torch.dtype, rows: int, size: int
+) -> None:
+    table = torch.randn(41, size).to(dtype)
+    indices = torch.randint(41, (rows,))
+    for backend in (compiled, reference):
+        assert same_bits(backend.gather_rows(table, indices), table[indices])
+
+
+@pytest.mark.parametrize("index", [-1, 41])
+def test_rows_that_are_not_there_are_refused(
+    compiled: Backend, reference: Backend, index: int
+) -> None:
+    for backend in (compiled, reference):
+        with pytest.raises(IndexError):
+            backend.gather_rows(torch.ones(41, 3), torch.tensor([0, index, 2]))
+    with pytest.raises(ValueError, match="indices must be a contiguous"):
+        compiled.gather_rows(torch.ones(41, 3), torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(ValueError, match="a table must be a contiguous"):
+        compiled.gather_rows(torch.ones(3, 41).T, torch.tensor([0]))
+
+
 def test_float16(interpreted: Backend, reference: Backend) -> None:
     """On a GPU only: against the reference in float32, within the roundings of either."""
     half = torch.float16

@@ -74,6 +74,15 @@ def test_conversions_and_shapes_are_recorded_where_they_copy(
         assert torch.equal(replay(), compute())
 
 
+def test_room_for_a_result_is_not_made_again(programs: Programs) -> None:
+    x = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    program = programs.record(lambda: torch.empty_like(x, dtype=torch.float32).copy_(x))
+    (copy,) = program.parts
+    assert copy.function is torch.ops.aten.copy_.default
+    x += 1
+    assert torch.equal(program.replay(), x.float())
+
+
 def test_recorded_steps_share_their_memory_and_not_their_results(
     step: tuple[Callable[[], Tensor], Tensor], programs: Programs
 ) -> None:
