@@ -167,6 +167,22 @@ const char* run_units(const std::vector<Unit>& units, int64_t scratch, int64_t t
     return found;
 }
 
+// The same with a worker of each thread's own, that is made of `room`.
+template <class Worker, class Unit, class Room, class AheadOf>
+const char* run_workers(const std::vector<Unit>& units, const Room& room, int64_t threads,
+                        AheadOf ahead_of) {
+    std::atomic<const char*> found{nullptr};
+    share_tasks(static_cast<int64_t>(units.size()), threads, [&](Tasks& tasks) {
+        Worker worker(room);
+        tasks.each([&](int64_t i) {
+            const Unit& unit = units[i];
+            if (const char* error = worker.take(unit.op, unit.block, ahead_of(unit))) found = error;
+        });
+        worker.finish();
+    });
+    return found;
+}
+
 // ---- Corrections of linear modules: y (rows, out) is changed in place, x (rows, in) read.
 
 // What a unit computes: columns column .. column + columns of one target for some rows of a segment.
@@ -184,17 +200,38 @@ class Ahead {
   public:
     Ahead() = default;
     template <class W>
-    Ahead(const W* from, int64_t count)
-        : next(reinterpret_cast<const char*>(from)), end(next + count * sizeof(W)) {}
+    Ahead(const W* from, int64_t count) : first(from, count) {}
+    template <class W>
+    Ahead(const W* from, int64_t count, const W* then, int64_t more)
+        : first(from, count), second(then, more) {}
+
+    // How near: into the cache's second level, or its first.
+    static constexpr int NEAR = 2, NEAREST = 3;
 
     // Asks for some lines more; does nothing when all have been asked for.
+    template <int LEVEL = NEAR>
     INLINE_MEMBER void fetch(int64_t lines) {
-        for (; lines > 0 && next < end; --lines, next += LINE) __builtin_prefetch(next, 0, 2);
+        first.fetch<LEVEL>(lines);
+        second.fetch<LEVEL>(lines);
     }
 
   private:
+    struct Range {
+        const char *next = nullptr, *end = nullptr;
+
+        Range() = default;
+        template <class W>
+        Range(const W* from, int64_t count)
+            : next(reinterpret_cast<const char*>(from)), end(next + count * sizeof(W)) {}
+
+        template <int LEVEL>
+        INLINE_MEMBER void fetch(int64_t& lines) {
+            for (; lines > 0 && next < end; --lines, next += LINE)
+                __builtin_prefetch(next, 0, LEVEL);
+        }
+    };
     static constexpr int64_t LINE = 64;
-    const char *next = nullptr, *end = nullptr;
+    Range first, second;
 };
 
 template <class T>
@@ -218,10 +255,20 @@ struct LinearCall {
 // or, where memory is what it waits for,
 //   Ahead reads(const Block<T>&) const                           what compute reads of the adapter,
 //   const char* compute(const Block<T>&, float* scratch, Ahead) const   with that of the next unit.
+// or, where a unit's work goes on while the next one's begins, besides reads,
+//   Room scratch() const                                         that max_of adds up over all units,
+//   class Worker                                                 of a thread, made of that Room:
+//     const char* take(const Op&, const Block<T>&, Ahead)        begins a unit,
+//     void finish()                                              ends all of them.
 template <class Op, class = void>
 constexpr bool FETCHES = false;
 template <class Op>
 constexpr bool FETCHES<Op, std::void_t<decltype(&Op::reads)>> = true;
+
+template <class Op, class = void>
+constexpr bool HAS_WORKER = false;
+template <class Op>
+constexpr bool HAS_WORKER<Op, std::void_t<typename Op::Worker>> = true;
 
 template <class Op, class W, class T>
 const char* correct_linear(const LinearCall<T>& call) {
@@ -230,7 +277,8 @@ const char* correct_linear(const LinearCall<T>& call) {
         Block<T> block;
     };
     std::vector<Unit> units;
-    int64_t scratch = 0;
+    units.reserve(call.targets.count * call.segments.count);
+    decltype(std::declval<Op>().scratch()) scratch{};
     for (int64_t t = 0; t < call.targets.count; ++t) {
         const int64_t start = call.targets.out_starts[t], width = call.targets.out_sizes[t];
         if (!inside(start, width, call.out_size))
@@ -251,15 +299,17 @@ const char* correct_linear(const LinearCall<T>& call) {
                                              call.rows, add);
         if (error) return error;
     }
-    return run_units(units, scratch, call.threads, [&](const Unit& unit, float* own) {
-        if constexpr (FETCHES<Op>) {
-            const Unit* next = &unit + 1;  // most likely this thread's
-            const bool last = next == units.data() + units.size();
-            return unit.op.compute(unit.block, own, last ? Ahead() : next->op.reads(next->block));
-        } else {
-            return unit.op.compute(unit.block, own);
-        }
-    });
+    const auto ahead_of = [&](const auto& unit) {
+        const auto* next = &unit + 1;  // most likely this thread's
+        return next == units.data() + units.size() ? Ahead() : next->op.reads(next->block);
+    };
+    if constexpr (HAS_WORKER<Op>)
+        return run_workers<typename Op::Worker>(units, scratch, call.threads, ahead_of);
+    else
+        return run_units(units, scratch, call.threads, [&](const Unit& unit, float* own) {
+            if constexpr (FETCHES<Op>) return unit.op.compute(unit.block, own, ahead_of(unit));
+            else return unit.op.compute(unit.block, own);
+        });
 }
 
 // The C function that corrections.py calls: over rows of T, with a function of a LinearCall<T>.

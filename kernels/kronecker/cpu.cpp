@@ -1,8 +1,9 @@
 // add_kronecker on the CPU. For the rows of a unit at once H = X D^T (or X R^T), then for each of them
 // G = L H, where R is factored Y = G U^T, and y += w Y (or w G). All of it lies in scratch, as floats,
-// and so do the factors.
+// and so do the factors. In bfloat16 the matrix unit does it where there is one, if R is whole.
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
+#include "matrix_tiles.h"
 
 namespace {
 
@@ -60,7 +61,62 @@ struct Kronecker {
     int64_t width() const { return padded(middle()); }
 };
 
+#ifdef HAS_AMX
+
+// The same, by a worker of each thread.
+struct TiledKronecker : Kronecker<bfloat16, bfloat16> {
+    using Kronecker::Kronecker;
+    static constexpr int64_t BLOCK_ROWS = 8;
+
+    struct Room {
+        KroneckerTiles::Room tiles;
+        int64_t floats = 0;  // for factored R
+        friend Room max_of(const Room& a, const Room& b) {
+            return {max_of(a.tiles, b.tiles), max_of(a.floats, b.floats)};
+        }
+    };
+
+    class Worker {
+      public:
+        explicit Worker(const Room& room) : tiles(room.tiles), scratch(new float[room.floats]) {}
+
+        const char* take(const TiledKronecker& op, const Block<bfloat16>& block, Ahead ahead) {
+            if (op.rank) return op.compute(block, scratch.get());
+            tiles.take(op.whole(), block, ahead);
+            return nullptr;
+        }
+        void finish() { tiles.finish(); }
+
+      private:
+        KroneckerTiles tiles;
+        std::unique_ptr<float[]> scratch;
+    };
+
+    Room scratch() const {
+        if (rank) return {{}, Kronecker::scratch()};
+        return {KroneckerTiles::room(whole())};
+    }
+    Ahead reads(const Block<bfloat16>&) const {
+        if (rank) return {};
+        return {left, l * m, right, k * n};
+    }
+
+  private:
+    WholeFactors whole() const { return {l, m, k, n, left, right}; }
+};
+
+#endif
+
+template <class T>
+const char* add_kronecker(const LinearCall<T>& call) {
+#ifdef HAS_AMX
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (matrix_unit()) return correct_linear<TiledKronecker, T>(call);
+#endif
+    return correct_linear<Kronecker<T, T>, T>(call);
+}
+
 }  // namespace
 
-EXPORT_LINEAR(add_kronecker_float32, Kronecker, float, float)
-EXPORT_LINEAR(add_kronecker_bfloat16, Kronecker, bfloat16, bfloat16)
+EXPORT_CORRECTION(add_kronecker_float32, float, add_kronecker<float>)
+EXPORT_CORRECTION(add_kronecker_bfloat16, bfloat16, add_kronecker<bfloat16>)

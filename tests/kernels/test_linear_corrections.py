@@ -388,6 +388,48 @@ def test_circulant_kernels_that_adjoin_give_the_bits_of_those_apart(
     assert same_bits(in_tiles, alone)
 
 
+@pytest.mark.parametrize(
+    ("in_size", "widths"),
+    [(576, (576, 192)), (1536, (576,)), (912, (4620,)), (1295, (1326, 2)), (2, (4480,))],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_kronecker_factors_of_several_tiles(
+    compiled: Backend,
+    dtype: torch.dtype,
+    in_size: int,
+    widths: tuple[int, ...],
+    swapped: bool,
+) -> None:
+    """Sizes that tiles divide, others and odd ones; at one site R is whole and factored."""
+    whole, factored = kronecker(0, swapped), kronecker(3, swapped)
+    made = 0
+
+    def in_turns(pool: Pool, rng: torch.Generator, in_size: int, out_size: int) -> Delta:
+        nonlocal made
+        made += 1
+        return (factored if made % 3 == 2 else whole)(pool, rng, in_size, out_size)
+
+    site = make_site(in_turns, dtype, in_size, widths, slots=3)
+    groups = [(0, 1, 0, 1.0), (1, 2, 1, -0.5), (2, 21, 0, 1.5), (21, 22, 2, 1.0), (22, 23, 0, 1.0)]
+    check(compiled.deltas.add_kronecker, site, dtype, 24, groups)
+    rng = torch.Generator().manual_seed(5)
+    x = torch.randn(24, in_size, generator=rng).to(dtype)
+    together, alone = torch.zeros(2, 24, site.out_size, dtype=dtype)
+    compiled.deltas.add_kronecker(together, x, site.table, site.targets, segments_of(groups))
+    for row, slot, weight in ((0, 0, 1.0), (1, 1, -0.5), (20, 0, 1.5), (21, 2, 1.0)):
+        segments = segments_of([(row, row + 1, slot, weight)])
+        compiled.deltas.add_kronecker(alone, x, site.table, site.targets, segments)
+        assert same_bits(alone[row], together[row])
+
+
+def test_kronecker_factors_of_no_inputs(compiled: Backend, dtype: torch.dtype) -> None:
+    site = make_site(kronecker(0), dtype, 12, (12,))
+    y = torch.ones(3, 12, dtype=dtype)
+    segments = segments_of([(0, 3, 0, 1.0)])
+    compiled.deltas.add_kronecker(y, y[:, :0], site.table, site.targets, segments)
+    assert torch.equal(y, torch.ones(3, 12, dtype=dtype))
+
+
 @pytest.mark.parametrize("backend", ["compiled", "reference", "interpreted"])
 def test_no_segments_and_no_targets(
     request: pytest.FixtureRequest, backend: str, operation: tuple[str, Make], dtype: torch.dtype
