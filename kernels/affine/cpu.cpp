@@ -17,7 +17,7 @@ int64_t scratch_of(const LowRank<W>& adapter) {
 }
 
 template <class T, class W>
-void correct(const LowRank<W>& adapter, const Block<T>& block, float* scratch) {
+void correct(const LowRank<W>& adapter, const Block<T>& block, float* scratch, Ahead) {
     const Matrix<float> h{scratch, adapter.rank};
     dots(block.x, block.rows, adapter.a, adapter.rank, adapter.ins, h);
     if (block.weight != 1.0f)
@@ -34,11 +34,12 @@ int64_t scratch_of(const LowRank<bfloat16>& adapter) {
     return matrix_unit() ? MatrixAffine::scratch(adapter) : scratch_of<bfloat16>(adapter);
 }
 
-void correct(const LowRank<bfloat16>& adapter, const Block<bfloat16>& block, float* scratch) {
+void correct(const LowRank<bfloat16>& adapter, const Block<bfloat16>& block, float* scratch,
+             Ahead next) {
     if (matrix_unit())
-        MatrixAffine(adapter, scratch).correct(block.y, block.x, block.rows, block.weight);
+        MatrixAffine(adapter, scratch).correct(block.y, block.x, block.rows, block.weight, next);
     else
-        correct<bfloat16, bfloat16>(adapter, block, scratch);
+        correct<bfloat16, bfloat16>(adapter, block, scratch, next);
 }
 
 #endif
@@ -62,8 +63,13 @@ struct Affine {
     int64_t block_columns() const { return adapter.outs; }  // of all columns, as they share h
     int64_t scratch() const { return scratch_of(adapter); }
 
-    const char* compute(const Block<T>& block, float* scratch) const {
-        correct(adapter, block, scratch);
+    // What is read first.
+    Ahead reads(const Block<T>&) const {
+        return {adapter.a, min_of(TILE_OUTS, adapter.rank) * adapter.ins};
+    }
+
+    const char* compute(const Block<T>& block, float* scratch, Ahead next) const {
+        correct(adapter, block, scratch, next);
         return nullptr;
     }
 };

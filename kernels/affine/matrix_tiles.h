@@ -25,6 +25,7 @@ class MatrixAffine {
     static constexpr int64_t STRIP = 2 * TILE_OUTS;
     static constexpr int64_t WIDE = 8 * STRIP;  // outputs of y read and written in one go
     static constexpr int64_t PAIR_BYTES = 2 * sizeof(bfloat16);
+    static constexpr int64_t SIZE = Pack<bfloat16>::SIZE, PACKS = 4;  // of B at once, a line each
 
     const LowRank<bfloat16>& adapter;
     const int64_t ranks, in_tiles;  // the rank in whole tiles
@@ -55,9 +56,10 @@ class MatrixAffine {
     }
 
     // y (rows, outs) = g y + w (x A^T) B + w c, for at most ROWS rows
-    void correct(Matrix<bfloat16> y, Matrix<const bfloat16> x, int64_t rows, float weight) {
+    void correct(Matrix<bfloat16> y, Matrix<const bfloat16> x, int64_t rows, float weight,
+                 Ahead next) {
         if (rows < FEW_ROWS) {
-            for (int64_t r = 0; r < rows; ++r) correct_row(y.row(r), x.row(r), weight);
+            for (int64_t r = 0; r < rows; ++r) correct_row(y.row(r), x.row(r), weight, next);
         } else if (adapter.rank) {
             const TilesInUse in_use{TileConfig()};
             shrink(x, rows);
@@ -79,16 +81,18 @@ class MatrixAffine {
         return scale ? y * *scale + added : y + added;
     }
 
-    // ---- one row
+    // ---- one row. What is read next is asked for meanwhile: A and B are read by columns of a few of
+    // their rows, which the processor does not see coming.
 
-    void correct_row(bfloat16* y, const bfloat16* x, float weight) {
+    void correct_row(bfloat16* y, const bfloat16* x, float weight, Ahead& next) {
         shrink_row(x);
         split(1, weight);
-        constexpr int PACKS = 4;
-        constexpr int64_t SIZE = Pack<bfloat16>::SIZE;
         int64_t out = 0;
-        for (; out + PACKS * SIZE <= adapter.outs; out += PACKS * SIZE)
+        for (; out + PACKS * SIZE <= adapter.outs; out += PACKS * SIZE) {
+            next.fetch(TILE_OUTS * PACKS);
             expand_row<PACKS>(y, out, weight);
+        }
+        next.fetch(TILE_OUTS * PACKS);
         for_groups(adapter.outs - out, SIZE,
                    [&](int64_t i, auto... n) { expand_row<1>(y, out + i, weight, n...); });
     }
@@ -103,15 +107,27 @@ class MatrixAffine {
             config.shape(4, count, TILE_BYTES);
             config.shape(5, TILE_INS / 2, PAIR_BYTES);
             const TilesInUse in_use(config);
-            dot_tile(x, rank, count);
+            const int64_t next = rank + count;
+            if (next == adapter.rank) ask_for_columns();
+            const int64_t left = min_of(TILE_OUTS, adapter.rank - next);
+            dot_tile(x, rank, count, Ahead(adapter.a + next * adapter.ins, left * adapter.ins));
         }
     }
 
-    void dot_tile(const bfloat16* x, int64_t rank, int64_t count) {
+    // The columns of B that are read first.
+    void ask_for_columns() const {
+        for (int64_t k = 0; k < adapter.rank; ++k)
+            for (int64_t pack = 0; pack < PACKS; ++pack)
+                __builtin_prefetch(adapter.b + k * adapter.outs + pack * SIZE, 0, Ahead::NEAR);
+    }
+
+    void dot_tile(const bfloat16* x, int64_t rank, int64_t count, Ahead next) {
         const int64_t ins = adapter.ins, whole = ins / TILE_INS * TILE_INS;
         const bfloat16* a = adapter.a + rank * ins;
+        memory_is_written();
         _tile_zero(0);
         for (int64_t in = 0; in < whole; in += TILE_INS) {
+            next.fetch(TILE_OUTS);
             _tile_loadd(4, a + in, ins * static_cast<int64_t>(sizeof(bfloat16)));
             _tile_loadd(5, x + in, PAIR_BYTES);
             _tile_dpbf16ps(0, 4, 5);
@@ -119,6 +135,7 @@ class MatrixAffine {
         if (whole < ins) {
             copy_padded({a + whole, ins}, count, ins - whole, {a_tiles, TILE_INS});
             copy_padded({x + whole, 0}, 1, ins - whole, {copied_x, TILE_INS});
+            memory_is_written();
             _tile_loadd(4, a_tiles, TILE_BYTES);
             _tile_loadd(5, copied_x, PAIR_BYTES);
             _tile_dpbf16ps(0, 4, 5);
@@ -162,6 +179,7 @@ class MatrixAffine {
         const float high = to_float(pairs[0]), low = to_float(pairs[2]);
         const bfloat16* b = adapter.b + k * adapter.outs + out;
         for (int c = 0; c < C; ++c) {
+            __builtin_prefetch(b + (C + c) * P::SIZE, 0, Ahead::NEAR);
             const P values = load_pack(b + c * P::SIZE, n...);
             for (int part = 0; part < P::PARTS; ++part) {
                 sum[c].part[part] += high * values.part[part];
@@ -217,6 +235,7 @@ class MatrixAffine {
     template <int TILES>
     void multiply(const Matrix<const bfloat16>* x, int64_t rank) {
         const auto bytes = [&](int t) { return x[t].stride * int64_t(sizeof(bfloat16)); };
+        memory_is_written();
         _tile_zero(0);
         if (TILES > 1) _tile_zero(1);
         if (TILES > 2) _tile_zero(2);
@@ -313,6 +332,7 @@ class MatrixAffine {
         const int64_t stride = 2 * ranks * sizeof(bfloat16), bytes = WIDE * sizeof(float);
         float* to = sums + strip * STRIP;
         const bfloat16* first = factors + row * 2 * ranks;
+        memory_is_written();
         _tile_zero(0);
         _tile_zero(1);
         if (TWO) {

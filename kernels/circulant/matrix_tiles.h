@@ -174,6 +174,7 @@ class MatrixCirculant {
             if (n == STRIP_OUTS) finish();
             if (n + STRIP_OUTS < in_size) write_halves(x + n + STRIP_OUTS, STRIP_OUTS, next);
             ahead.fetch();
+            memory_is_written();
             _tile_loadd(4, rows + n, stride);
             _tile_loadd(5, rows + n + TILE_INS, stride);
             _tile_loadd(6, now, TILE_BYTES);
@@ -241,6 +242,7 @@ class MatrixCirculant {
         const int64_t stride = in_size * static_cast<int64_t>(sizeof(bfloat16));
         const int64_t bytes = b * static_cast<int64_t>(sizeof(float));
         float* to = sums + p;
+        memory_is_written();
         if (first) {
             _tile_zero(0);
             _tile_zero(1);

@@ -45,6 +45,10 @@ struct alignas(64) TileConfig {
     }
 };
 
+// Comes between what is stored and tiles that are loaded of it: GCC's instruction that loads a tile does
+// not say that it reads memory.
+INLINE void memory_is_written() { asm volatile("" : : : "memory"); }
+
 // The tiles are in use, shaped like this, for as long as the object lives.
 class TilesInUse {
   public:

@@ -193,9 +193,6 @@ class KroneckerTiles {
 
     // ---- products
 
-    // GCC's instruction that loads a tile does not say that it reads memory.
-    static void memory_is_written() { asm volatile("" : : : "memory"); }
-
     // H = X R^T
     void multiply_right(const Step& step) const {
         memory_is_written();

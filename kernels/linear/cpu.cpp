@@ -76,6 +76,7 @@ INLINE void multiply(Matrix<const bfloat16> x, const bfloat16* first, const bflo
                      int64_t in_tiles, float* sums) {
     const int64_t stride = x.stride * static_cast<int64_t>(sizeof(bfloat16));
     const bfloat16* below = x.row(TWO ? TILE_ROWS : 0);
+    memory_is_written();
     _tile_zero(0);  // GCC's are statements, not expressions
     _tile_zero(1);
     if (TWO) {

@@ -179,6 +179,7 @@ class MatrixTiles {
     void score(int64_t q, int64_t half, bool both) {
         const int64_t stride = head_dim * static_cast<int64_t>(sizeof(bfloat16));
         const bfloat16 *first = keys[2 * half], *second = keys[2 * half + both];
+        memory_is_written();
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t k = 0; k < in_tiles; ++k) {
@@ -329,6 +330,7 @@ class MatrixTiles {
     void mix(int64_t q, int64_t end, int64_t column, int64_t first, int64_t last,
              const Floats& factors) {
         constexpr int64_t stride = sizeof weights[0][0], sums_stride = sizeof sums[0];
+        memory_is_written();
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t half = first; half < last; ++half) {
