@@ -50,6 +50,30 @@ class _Module:
 
 
 @dataclass(frozen=True, slots=True)
+class _Ordered:
+    """Places by rows and columns.
+
+    All modules of one size have these very tensors, so that the device holds them once.
+
+    Attributes:
+        row_starts: As in ``Sparse``.
+        columns: As in ``Sparse``.
+        order: (places,) which of the places stands there.
+    """
+
+    row_starts: Tensor
+    columns: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, out_features: int, in_features: int) -> "_Ordered":
+        """Of distinct places."""
+        numbers = torch.arange(len(places))
+        rows, columns = places // in_features, places % in_features
+        return cls(*csr(rows, columns, numbers, out_features))
+
+
+@dataclass(frozen=True, slots=True)
 class _Places:
     """Where the frequencies of every module stand."""
 
@@ -61,6 +85,7 @@ class _Places:
     ) -> Iterator[Primitive]:
         longest = max(module.spectrum.numel() for _, module in bound)
         drawn: dict[int, Tensor] = {}
+        ordered: dict[tuple[int, int, int], _Ordered] = {}
         for target, module in bound:
             size, count = target.in_features * target.out_features, module.spectrum.numel()
             if count > size:
@@ -71,15 +96,17 @@ class _Places:
             if size not in drawn:
                 order = torch.randperm(size, generator=seeded("random_loc_seed", self.seed))
                 drawn[size] = order[:longest].clone()
-            yield self.spectral(base, target, module, drawn[size][:count])
+            shape = (target.out_features, target.in_features, count)
+            if shape not in ordered:
+                ordered[shape] = _Ordered.of(drawn[size][:count], *shape[:2])
+            yield self.spectral(base, target, module, ordered[shape])
 
     def spectral(
-        self, base: Base, target: LinearTarget, module: _Module, places: Tensor
+        self, base: Base, target: LinearTarget, module: _Module, places: _Ordered
     ) -> Spectral:
-        rows, columns = places // target.in_features, places % target.in_features
-        values = module.spectrum.float() * self.scale
-        row_starts, columns, values = csr(rows, columns, values, target.out_features)
-        return Spectral(target, row_starts, columns, cast(module.path, values, base.dtype))
+        values = (module.spectrum.float() * self.scale)[places.order]
+        values = cast(module.path, values, base.dtype)
+        return Spectral(target, places.row_starts, places.columns, values)
 
 
 def _read(checkpoint: Checkpoint) -> LinearAdapter[_Module]:
@@ -109,7 +136,8 @@ KIND = PeftKind(
         equation="y += scaling Re(ifft2(S)) x; the spectrum stands at the first n places of "
         "torch's randperm(out in) with random_loc_seed, which is drawn again as PEFT does",
         primitives=("Spectral",),
-        memory="n numbers, and n + out + 1 indices, a module: the difference is never formed",
+        memory="n numbers a module, and n + out + 1 indices for all of one size: the difference is "
+        "never formed",
         limits="The places are the trained ones only where torch permutes as it did there, as in "
         "PEFT.",
     ),

@@ -8,8 +8,8 @@
 
 #include "../cpu/products.h"
 #include "../cpu/tables.h"
-#include "../sparse/entries.h"
 #include "fourier.h"
+#include "places.h"
 
 namespace {
 
@@ -29,59 +29,6 @@ struct Group {
 // What their adapters add to one target; null where one adds nothing.
 template <class T>
 using Owners = const Part<T>* [LANES];
-
-// Where some entries of S stand in half a spectrum: the bins of their rows and columns. Of a bin beyond
-// the half there is the conjugate; `sign` is -1 where an entry meets one, of which the imaginary part is
-// the other way round.
-class Places {
-  public:
-    static constexpr int64_t MOST = 1 << 10;
-    int64_t first, count;
-    int32_t outputs[MOST + LANES], inputs[MOST];
-    float sign[MOST];
-
-    // Calls body() for all entries, some at a time.
-    template <class T, class Body>
-    void each(const Entries<T>& entries, Body body) {
-        const int64_t end = entries.row_starts[entries.out_size];
-        int64_t row = 0;
-        for (first = entries.row_starts[0]; first < end; first += MOST) {
-            count = min_of(MOST, end - first);
-            row = find_rows(entries.row_starts, row);
-            find_bins(entries.columns + first, static_cast<int32_t>(entries.in_size),
-                      static_cast<int32_t>(entries.out_size));
-            body();
-        }
-    }
-
-  private:
-    // Writes every entry's row into outputs, beginning with `row`; returns the one to begin with behind
-    // these. Most rows are shorter than a vector, so that a row is one store, whose end the next ones
-    // overwrite.
-    int64_t find_rows(const int32_t* starts, int64_t row) {
-        const int64_t end = first + count;
-        while (true) {
-            const Ints number = static_cast<int32_t>(row) - Ints{};
-            int64_t at = max_of(starts[row], first);
-            do {
-                std::memcpy(outputs + (at - first), &number, sizeof number);
-                at += LANES;
-            } while (at < min_of(starts[row + 1], end));
-            if (starts[row + 1] >= end) return row;
-            ++row;
-        }
-    }
-
-    void find_bins(const int32_t* columns, int32_t in_size, int32_t out_size) {
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t o = outputs[i], mirrored_o = out_size - o;
-            const int32_t c = columns[i], mirrored_c = in_size - c;
-            outputs[i] = o > mirrored_o ? mirrored_o : o;
-            inputs[i] = c > mirrored_c ? mirrored_c : c;
-            sign[i] = (o > mirrored_o) != (c > mirrored_c) ? -1.0f : 1.0f;
-        }
-    }
-};
 
 template <class T>
 class Spectral {
@@ -137,40 +84,45 @@ class Spectral {
         return groups;
     }
 
-    int64_t scratch() const { return 8 * plane(); }
+    int64_t scratch() const { return 6 * plane<LANES>(); }
 
     // Corrects the rows of one group; returns what is wrong in index tensors, or null.
     const char* compute(const Group& group, float* scratch) const {
-        const int64_t rows = group.count;
-        const auto buffer = [&](int64_t i) {
-            return Waves{scratch + 2 * i * plane(), scratch + (2 * i + 1) * plane()};
-        };
-        Waves x = buffer(0), sums = buffer(1), other = buffer(2);
-        load_columns(group, x);
-        input->to_spectrum(x, other, rows);
-        const Waves x_rows = rows == 1 ? x : buffer(3);
-        bool has_rows = rows == 1;
-        for (int64_t t = 0; t < call.targets.count; ++t) {
-            Owners<T> owners;
-            if (!find_owners(group, t, owners)) continue;
-            if (const char* error = check(owners, rows)) return error;
-            // a row or two are too few to be multiplied side by side
-            if (rows > 2 && same_places(owners, rows)) {
-                multiply_columns(owners, rows, *outputs[t], x, sums);
-            } else {
-                if (!has_rows) to_rows(*input, rows, x, x_rows);
-                has_rows = true;
-                multiply_rows(owners, rows, *outputs[t], x_rows, sums);
-                if (rows > 1) to_columns(*outputs[t], rows, sums, other);
-            }
-            outputs[t]->to_numbers(sums, other, rows);
-            add_columns(group, t, owners, sums);
-        }
-        return nullptr;
+        if (group.count <= 4) return compute<4>(group, scratch);
+        if (group.count <= 8) return compute<8>(group, scratch);
+        return compute<16>(group, scratch);
     }
 
   private:
     static constexpr int32_t NONE = -1;
+
+    // Of up to W rows, each in one of W lanes.
+    template <int W>
+    const char* compute(const Group& group, float* scratch) const {
+        const auto buffer = [&](int64_t i) {
+            return Waves{scratch + 2 * i * plane<W>(), scratch + (2 * i + 1) * plane<W>()};
+        };
+        Waves x = buffer(0), sums = buffer(1), other = buffer(2);
+        load_columns<W>(group, x);
+        input->to_spectrum<W>(x, other);
+        Places places;
+        Owners<T> owners, before = {};
+        bool alike = false;
+        for (int64_t t = 0; t < call.targets.count; ++t) {
+            if (!find_owners(group, t, owners)) continue;
+            if (!same_indices(owners, before)) {
+                alike = same_places(owners, group.count);
+                if (const char* error = check(owners, group.count, alike)) return error;
+            }
+            std::copy(owners, owners + LANES, before);
+            clear(sums, outputs[t]->bins() * W);
+            if (alike) multiply_columns<W>(owners, group.count, places, x, sums);
+            else multiply_rows<W>(owners, group.count, places, x, sums);
+            outputs[t]->template to_numbers<W>(sums, other);
+            add_columns<W>(group, t, owners, sums);
+        }
+        return nullptr;
+    }
 
     // Of a row at a target; null, where its adapter has none.
     const Part<T>* part(int64_t t, int64_t row) const {
@@ -189,17 +141,18 @@ class Spectral {
     // Whether there are any.
     bool find_owners(const Group& group, int64_t t, Owners<T>& owners) const {
         bool any = false;
-        for (int64_t k = 0; k < group.count; ++k) {
-            owners[k] = part(t, group.rows[k]);
+        for (int64_t k = 0; k < LANES; ++k) {
+            owners[k] = k < group.count ? part(t, group.rows[k]) : nullptr;
             any = any || owners[k];
         }
         return any;
     }
 
-    static const char* check(const Owners<T>& owners, int64_t rows) {
+    // Of the first `rows`, whose matrices may have been found to have the places of the first one.
+    static const char* check(const Owners<T>& owners, int64_t rows, bool alike) {
         const Part<T>* last = nullptr;
         for (int64_t k = 0; k < rows; ++k) {
-            if (!owners[k] || owners[k] == last) continue;
+            if (!owners[k] || owners[k] == last || (alike && last)) continue;
             last = owners[k];
             if (const char* error = last->entries.check(0, last->entries.out_size)) return error;
         }
@@ -214,121 +167,133 @@ class Spectral {
 
     static bool same_places(const Owners<T>& owners, int64_t rows) {
         const Part<T>* first = first_of(owners);
-        for (int64_t k = 0; k < rows; ++k)
-            if (owners[k] && owners[k] != first && !first->entries.same_places(owners[k]->entries))
-                return false;
+        const Part<T>* last = first;
+        for (int64_t k = 0; k < rows; ++k) {
+            if (!owners[k] || owners[k] == last) continue;
+            last = owners[k];
+            if (!first->entries.same_places(last->entries)) return false;
+        }
         return true;
     }
 
-    // Floats of half a buffer, for LANES rows; a vector is read and written at the end of each.
+    // Whether all have the very index tensors that they had at another target.
+    static bool same_indices(const Owners<T>& owners, const Owners<T>& others) {
+        return std::equal(owners, owners + LANES, others, [](const Part<T>* a, const Part<T>* b) {
+            if (!a || !b) return a == b;
+            const Entries<T>&one = a->entries, &other = b->entries;
+            return one.row_starts == other.row_starts && one.columns == other.columns &&
+                   one.count == other.count && one.out_size == other.out_size;
+        });
+    }
+
+    // Floats of half a buffer, for W rows.
+    template <int W>
     int64_t plane() const {
         int64_t room = input->room();
         for (const auto& output : outputs) room = max_of(room, output->room());
-        return LANES * padded(room) + LANES;
+        return W * padded(room);
     }
 
+    template <int W>
     void load_columns(const Group& group, Waves to) const {
+        const T* x[W];
+        for (int64_t k = 0; k < W; ++k)
+            x[k] = k < group.count ? call.x.row(group.rows[k]) : nullptr;
         for_groups(call.in_size, LANES, [&](int64_t i, auto... n) {
-            Floats tile[LANES] = {};
-            for (int64_t k = 0; k < group.count; ++k)
-                tile[k] = load(call.x.row(group.rows[k]) + i, n...);
-            transpose(tile);
-            for (int64_t k = 0; k < min_of(LANES, call.in_size - i); ++k)
-                store(input->column(to, i + k, group.count), tile[k]);
+            Floats rows[W];
+#pragma GCC unroll 16
+            for (int k = 0; k < W; ++k) rows[k] = x[k] ? load(x[k] + i, n...) : Floats{};
+            Vector<W> columns[LANES];
+            to_columns<W>(rows, columns);
+            const Columns<W> out = input->columns<W>(to, i);
+#pragma GCC unroll 16
+            for (int c = 0; c < min_of(LANES, n...); ++c) store_lanes(out.at(c), columns[c]);
         });
     }
 
     // y += w Re(ifft(...)), all that the transforms left out included
+    template <int W>
     void add_columns(const Group& group, int64_t t, const Owners<T>& owners, Waves from) const {
         const RealTransform& output = *outputs[t];
         const float scale = static_cast<float>(0.5 / output.size / call.in_size /
                                                input->spectrum_scale());
+        T* y[W];
+        float factors[W];
+        for (int64_t k = 0; k < W; ++k) {
+            const bool adds = owners[k];
+            y[k] = adds ? call.y.row(group.rows[k]) + call.targets.out_starts[t] : nullptr;
+            factors[k] = adds ? owners[k]->weight * scale : 0.0f;
+        }
         for_groups(output.size, LANES, [&](int64_t i, auto... n) {
-            Floats tile[LANES] = {};
-            for (int64_t k = 0; k < min_of(LANES, output.size - i); ++k)
-                tile[k] = load(output.column(from, i + k, group.count));
-            transpose(tile);
-            for (int64_t k = 0; k < group.count; ++k) {
-                if (!owners[k]) continue;
-                T* y = call.y.row(group.rows[k]) + call.targets.out_starts[t] + i;
-                store(y, load(y, n...) + owners[k]->weight * scale * tile[k], n...);
-            }
+            const Columns<W> in = output.columns<W>(from, i);
+            Vector<W> columns[LANES] = {};
+#pragma GCC unroll 16
+            for (int c = 0; c < min_of(LANES, n...); ++c) columns[c] = load_lanes<W>(in.at(c));
+            Floats rows[W];
+            to_rows<W>(columns, rows);
+#pragma GCC unroll 16
+            for (int k = 0; k < W; ++k)
+                if (y[k]) store(y[k] + i, load(y[k] + i, n...) + factors[k] * rows[k], n...);
         });
     }
 
-    // From (bins, rows) to (rows, padded bins), and back.
-    static void to_rows(const RealTransform& of, int64_t rows, Waves from, Waves to) {
-        const int64_t stride = padded(of.bins());
-        transpose<float>({from.re, rows}, of.bins(), rows, {to.re, stride});
-        transpose<float>({from.im, rows}, of.bins(), rows, {to.im, stride});
-    }
-
-    static void to_columns(const RealTransform& of, int64_t rows, Waves& now, Waves& other) {
-        const int64_t stride = padded(of.bins());
-        transpose<float>({now.re, stride}, rows, of.bins(), {other.re, rows});
-        transpose<float>({now.im, stride}, rows, of.bins(), {other.im, rows});
-        std::swap(now, other);
-    }
-
-    // sums (bins, rows) = S x of adapters whose entries stand at the same places
-    static void multiply_columns(const Owners<T>& owners, int64_t rows, const RealTransform& output,
-                                 Waves x, Waves sums) {
+    // sums (bins, W) += S x of adapters whose entries stand at the same places
+    template <int W>
+    static void multiply_columns(const Owners<T>& owners, int64_t rows, Places& places, Waves x,
+                                 Waves sums) {
         const Part<T>* first = first_of(owners);
-        const bool alike = std::all_of(owners, owners + rows, [&](auto* own) { return own == first; });
-        clear(sums, output.bins() * rows);
-        Places places;
-        places.each(first->entries, [&] {
-            const T* values = first->entries.values + places.first;
-            if (alike)
-                add_entries(places, 0, places.count, rows, x, sums,
-                            [&](int64_t e) { return splat(to_float(values[e])); });
-            else
-                for_groups(places.count, LANES, [&](int64_t i, auto... n) {
-                    Floats tile[LANES] = {};
-                    for (int64_t k = 0; k < rows; ++k)
-                        if (owners[k])
-                            tile[k] = load(owners[k]->entries.values + places.first + i, n...);
-                    transpose(tile);
-                    add_entries(places, i, min_of(i + LANES, places.count), rows, x, sums,
-                                [&](int64_t e) { return tile[e - i]; });
-                });
-        });
-    }
-
-    // value(e) is what entry e is for each of the rows
-    template <class Value>
-    INLINE_MEMBER static void add_entries(const Places& places, int64_t begin, int64_t end,
-                                          int64_t rows, Waves x, Waves sums, Value value) {
-        for_groups(rows, LANES, [&](int64_t, auto... n) {
-            for (int64_t e = begin; e < end; ++e) {
-                const int64_t o = places.outputs[e] * rows;
-                const Complex in = x.at(places.inputs[e] * rows, n...), sum = sums.at(o, n...);
-                const Floats factor = value(e), signed_im = places.sign[e] * in.im;
-                sums.put(o, Complex{factor * in.re + sum.re, factor * signed_im + sum.im}, n...);
+        const bool one = std::all_of(owners, owners + rows, [&](auto* own) { return own == first; });
+        const T* values[W];
+        for (int64_t k = 0; k < W; ++k) values[k] = owners[k] ? owners[k]->entries.values : nullptr;
+        places.each<W>(first->entries, [&] {
+            if (one) {
+                const T* all = first->entries.values + places.first;
+                return add_entries<W>(places, 0, places.count, x, sums,
+                                      [&](int64_t e) { return to_float(all[e]); });
             }
+            for_groups(places.count, LANES, [&](int64_t i, auto... n) {
+                Floats tile[W];
+#pragma GCC unroll 16
+                for (int k = 0; k < W; ++k)
+                    tile[k] = values[k] ? load(values[k] + places.first + i, n...) : Floats{};
+                Vector<W> factors[LANES];
+                to_columns<W>(tile, factors);
+                add_entries<W>(places, i, i + min_of(LANES, n...), x, sums,
+                               [&](int64_t e) { return factors[e - i]; });
+            });
         });
     }
 
-    // sums (rows, padded bins) = S x, of each row's own S
-    static void multiply_rows(const Owners<T>& owners, int64_t rows, const RealTransform& output,
-                              Waves x, Waves sums) {
-        const int64_t out_stride = padded(output.bins());
-        clear(sums, rows * out_stride);
-        Places places;
+    // value(e) is what entry e is, for all rows or for each of them
+    template <int W, class Value>
+    INLINE_MEMBER static void add_entries(const Places& places, int64_t begin, int64_t end, Waves x,
+                                          Waves sums, Value value) {
+        for (int64_t e = begin; e < end; ++e) {
+            const int64_t o = places.outputs[e];
+            const Complex<W> in = x.at<W>(places.inputs[e]), sum = sums.at<W>(o);
+            const auto factor = value(e);
+            const Vector<W> signed_im = places.sign[e] * in.im;
+            sums.put(o, Complex<W>{factor * in.re + sum.re, factor * signed_im + sum.im});
+        }
+    }
+
+    // sums (bins, W) += S x, of each row's own S
+    template <int W>
+    static void multiply_rows(const Owners<T>& owners, int64_t rows, Places& places, Waves x,
+                              Waves sums) {
         for (int64_t k = 0, next; k < rows; k = next) {
             for (next = k + 1; next < rows && owners[next] == owners[k];) ++next;
             if (!owners[k]) continue;
             const Entries<T>& entries = owners[k]->entries;
-            const int64_t stride = padded(entries.in_size / 2 + 1);
-            places.each(entries, [&] {
+            places.each<W>(entries, [&] {
                 for (int64_t row = k; row < next; ++row)
-                    add_entries(places, entries.values + places.first, x.from(row * stride),
-                                sums.from(row * out_stride));
+                    add_row<W>(places, entries.values + places.first, x.from(row), sums.from(row));
             });
         }
     }
 
-    static void add_entries(const Places& places, const T* values, Waves x, Waves sums) {
+    template <int W>
+    static void add_row(const Places& places, const T* values, Waves x, Waves sums) {
         for (int64_t e = 0; e < places.count; ++e) {
             const int64_t o = places.outputs[e], c = places.inputs[e];
             const float value = to_float(values[e]), signed_im = places.sign[e] * x.im[c];
@@ -338,7 +303,8 @@ class Spectral {
     }
 
     static void clear(Waves waves, int64_t size) {
-        for_groups(size, LANES, [&](int64_t i, auto...) { waves.put(i, Complex{}); });
+        std::fill(waves.re, waves.re + size, 0.0f);
+        std::fill(waves.im, waves.im + size, 0.0f);
     }
 
     const LinearCall<T>& call;

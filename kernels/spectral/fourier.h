@@ -1,6 +1,6 @@
-// Fourier transforms of up to LANES rows at once, in float32. The rows lie side by side, (size, rows),
-// and each of their numbers meets the same operations whatever stands beside it, so that a row's
-// result has the same bits in any company. Everything is a sum over e^(+2 pi i k n / size).
+// Fourier transforms of W rows at once, in float32. The rows lie side by side, (size, W), and each of
+// their numbers meets the same operations whatever W is and stands beside it, so that a row's result
+// has the same bits in any company. Everything is a sum over e^(+2 pi i k n / size).
 //
 // Complex numbers are transformed by Stockham's algorithm: a pass for each factor of the size, which
 // reads one buffer, writes another and leaves everything in order. Its inner loop runs over numbers
@@ -14,84 +14,22 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/products.h"
-#include "../cpu/simd.h"
-
-struct Turn {  // e^(i angle)
-    float re, im;
-};
-
-struct Complex {
-    Floats re, im;
-};
-INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-INLINE Complex times_i(Complex v) { return {-v.im, v.re}; }
-INLINE Complex conjugate(Complex v) { return {v.re, -v.im}; }
-
-// by v. Of two products in a sum the compiler could fuse either; with 0 added, the second is rounded
-// in any case.
-INLINE Complex turned(Complex v, Turn by) {
-    const Floats zero = {};
-    return {by.re * v.re - (by.im * v.im + zero), by.re * v.im + (by.im * v.re + zero)};
-}
+#include "butterfly.h"
 
 // A buffer of complex numbers.
 struct Waves {
     float *re, *im;
-    Waves from(int64_t i) const { return {re + i, im + i}; }
-    template <class... N>
-    INLINE_MEMBER Complex at(int64_t i, N... n) const {
-        return {load(re + i, n...), load(im + i, n...)};
+    INLINE_MEMBER Waves from(int64_t i) const { return {re + i, im + i}; }
+    template <int W>
+    INLINE_MEMBER Complex<W> at(int64_t i) const {
+        return {load_lanes<W>(re + i), load_lanes<W>(im + i)};
     }
-    template <class... N>
-    INLINE_MEMBER void put(int64_t i, Complex v, N... n) const {
-        store(re + i, v.re, n...);
-        store(im + i, v.im, n...);
+    template <int W>
+    INLINE_MEMBER void put(int64_t i, Complex<W> v) const {
+        store_lanes(re + i, v.re);
+        store_lanes(im + i, v.im);
     }
 };
-
-// ---- Sums over R numbers: v[k] = sum_j v[j] e^(2 pi i j k / R); roots are those of one, R of them.
-
-template <int R>
-INLINE void butterfly(Complex v[R], const Turn* roots) {
-    static_assert(R % 2 == 1, "an even radix has a butterfly of its own");
-    constexpr int HALF = R / 2;
-    const Complex first = v[0];
-    Complex sums[HALF], differences[HALF];
-    for (int j = 0; j < HALF; ++j) {
-        sums[j] = v[j + 1] + v[R - 1 - j];
-        differences[j] = v[j + 1] - v[R - 1 - j];
-        v[0] = v[0] + sums[j];
-    }
-    for (int k = 1; k <= HALF; ++k) {
-        Complex even = first, odd = {};
-        for (int j = 0; j < HALF; ++j) {
-            const Turn root = roots[(j + 1) * k % R];
-            even = {even.re + root.re * sums[j].re, even.im + root.re * sums[j].im};
-            odd = {odd.re + root.im * differences[j].re, odd.im + root.im * differences[j].im};
-        }
-        v[k] = even + times_i(odd);
-        v[R - k] = even - times_i(odd);
-    }
-}
-
-template <>
-INLINE_MEMBER void butterfly<2>(Complex v[2], const Turn*) {
-    const Complex sum = v[0] + v[1];
-    v[1] = v[0] - v[1];
-    v[0] = sum;
-}
-
-template <>
-INLINE_MEMBER void butterfly<4>(Complex v[4], const Turn*) {
-    const Complex even = v[0] + v[2], middle = v[0] - v[2];
-    const Complex odd = v[1] + v[3], turned = times_i(v[1] - v[3]);
-    v[0] = even + odd;
-    v[1] = middle + turned;
-    v[2] = even - odd;
-    v[3] = middle - turned;
-}
 
 // ---- One pass: of radix r over `parts` groups of r numbers each, every `width` of them at once.
 
@@ -101,63 +39,81 @@ struct Pass {
 };
 
 // The pass is the last one, whose numbers need no turn, or not.
-template <int R, bool LAST>
+template <int R, bool LAST, int W>
 static void run_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
     const Turn* roots = pass.roots.data();
     for (int64_t p = 0; p < pass.parts; ++p) {
         const Turn* turns = pass.turns.data() + p * (R - 1);
         const Waves in = from.from(p * width), out = to.from(p * R * width);
-        for_groups(width, LANES, [&](int64_t i, auto... n) {
-            Complex v[R];
-            for (int j = 0; j < R; ++j) v[j] = in.at(j * pass.parts * width + i, n...);
+        for (int64_t i = 0; i < width; i += W) {
+            Complex<W> v[R];
+#pragma GCC unroll 16
+            for (int j = 0; j < R; ++j) v[j] = in.at<W>(j * pass.parts * width + i);
             butterfly<R>(v, roots);
-            out.put(i, v[0], n...);
+            out.put(i, v[0]);
+#pragma GCC unroll 16
             for (int k = 1; k < R; ++k)
-                out.put(k * width + i, LAST ? v[k] : turned(v[k], turns[k - 1]), n...);
-        });
+                out.put(k * width + i, LAST ? v[k] : turned(v[k], turns[k - 1]));
+        }
     }
 }
 
 // The same for any odd radix; what is read is overwritten.
+template <int W>
 static void run_odd_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
     const int64_t radix = pass.radix, step = pass.parts * width;
     for (int64_t p = 0; p < pass.parts; ++p) {
         const Turn* turns = pass.turns.data() + p * (radix - 1);
         const Waves in = from.from(p * width), out = to.from(p * radix * width);
-        for_groups(width, LANES, [&](int64_t i, auto... n) {
-            const Complex first = in.at(i, n...);
-            Complex total = first;
+        for (int64_t i = 0; i < width; i += W) {
+            const Complex<W> first = in.at<W>(i);
+            Complex<W> total = first;
             for (int64_t j = 1; j <= radix / 2; ++j) {
                 const int64_t one = j * step + i, other = (radix - j) * step + i;
-                const Complex a = in.at(one, n...), b = in.at(other, n...);
-                in.put(one, a + b, n...);
-                in.put(other, a - b, n...);
+                const Complex<W> a = in.at<W>(one), b = in.at<W>(other);
+                in.put(one, a + b);
+                in.put(other, a - b);
                 total = total + (a + b);
             }
-            out.put(i, total, n...);
+            out.put(i, total);
             for (int64_t k = 1; k <= radix / 2; ++k) {
-                Complex even = first, odd = {};
+                Complex<W> even = first, odd = {};
                 for (int64_t j = 1, angle = k; j <= radix / 2; ++j) {
                     const Turn root = pass.roots[angle];
-                    const Complex sum = in.at(j * step + i, n...);
-                    const Complex difference = in.at((radix - j) * step + i, n...);
+                    const Complex<W> sum = in.at<W>(j * step + i);
+                    const Complex<W> difference = in.at<W>((radix - j) * step + i);
                     even = {even.re + root.re * sum.re, even.im + root.re * sum.im};
                     odd = {odd.re + root.im * difference.re, odd.im + root.im * difference.im};
                     angle += k;
                     if (angle >= radix) angle -= radix;
                 }
-                out.put(k * width + i, turned(even + times_i(odd), turns[k - 1]), n...);
+                out.put(k * width + i, turned(even + times_i(odd), turns[k - 1]));
                 out.put((radix - k) * width + i,
-                        turned(even - times_i(odd), turns[radix - k - 1]), n...);
+                        turned(even - times_i(odd), turns[radix - k - 1]));
             }
-        });
+        }
     }
 }
 
-template <int R>
+template <int R, int W>
 static void run_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
-    if (pass.parts == 1) run_pass<R, true>(pass, from, to, width);
-    else run_pass<R, false>(pass, from, to, width);
+    if (pass.parts == 1) run_pass<R, true, W>(pass, from, to, width);
+    else run_pass<R, false, W>(pass, from, to, width);
+}
+
+template <int W>
+static void run_any_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
+    switch (pass.radix) {
+        case 2: return run_pass<2, W>(pass, from, to, width);
+        case 3: return run_pass<3, W>(pass, from, to, width);
+        case 4: return run_pass<4, W>(pass, from, to, width);
+        case 5: return run_pass<5, W>(pass, from, to, width);
+        case 6: return run_pass<6, W>(pass, from, to, width);
+        case 8: return run_pass<8, W>(pass, from, to, width);
+        case 9: return run_pass<9, W>(pass, from, to, width);
+        case 12: return run_pass<12, W>(pass, from, to, width);
+        default: return run_odd_pass<W>(pass, from, to, width);
+    }
 }
 
 // ---- Whole transforms.
@@ -170,36 +126,59 @@ inline Turn turn_of(int64_t numerator, int64_t denominator) {  // that fraction 
 class ComplexTransform {
   public:
     explicit ComplexTransform(int64_t size) {
-        for (int64_t rest = size; rest > 1; rest = passes.back().parts) add_pass(rest);
+        for (const int64_t radix : radixes(size)) {
+            add_pass(size, radix);
+            size /= radix;
+        }
     }
 
-    // Transforms `now`; `other` is room for as much. Which is which may then be the other way round.
-    void run(Waves& now, Waves& other, int64_t rows) const {
-        int64_t width = rows;
+    // Transforms `now` of W rows; `other` is room for as much. Which is which may then be the other
+    // way round.
+    template <int W>
+    void run(Waves& now, Waves& other) const {
+        int64_t width = W;
         for (const Pass& pass : passes) {
-            switch (pass.radix) {
-                case 2: run_pass<2>(pass, now, other, width); break;
-                case 3: run_pass<3>(pass, now, other, width); break;
-                case 4: run_pass<4>(pass, now, other, width); break;
-                case 5: run_pass<5>(pass, now, other, width); break;
-                default: run_odd_pass(pass, now, other, width);
-            }
+            if (width % 16 == 0) run_any_pass<16>(pass, now, other, width);
+            else if (width % 8 == 0) run_any_pass<8>(pass, now, other, width);
+            else run_any_pass<4>(pass, now, other, width);
             std::swap(now, other);
             width *= pass.radix;
         }
     }
 
   private:
-    // The largest radixes come last, where they need no turns.
-    static int64_t radix_of(int64_t rest) {
-        if (rest % 4 == 0) return 4;
-        int64_t radix = 2;
-        while (rest % radix && radix * radix < rest) ++radix;
-        return rest % radix ? rest : radix;
+    // A prime that has no butterfly is a radix of its own. The largest with one come last, where they
+    // need no turns.
+    static std::vector<int64_t> radixes(int64_t size) {
+        int64_t smooth = 1, rest = max_of(size, 1);
+        for (const int64_t prime : {2, 3, 5})
+            for (; rest % prime == 0; rest /= prime) smooth *= prime;
+        std::vector<int64_t> found;
+        for (int64_t prime = 7; rest > 1; prime += 2) {
+            if (prime * prime > rest) prime = rest;
+            for (; rest % prime == 0; rest /= prime) found.push_back(prime);
+        }
+        const std::vector<int64_t> others = fewest(smooth, 12);
+        found.insert(found.end(), others.begin(), others.end());
+        return found;
     }
 
-    void add_pass(int64_t rest) {
-        const int64_t radix = radix_of(rest), parts = rest / radix;
+    // Every pass goes through the cache once more: there are as few as can be, of ascending radixes up
+    // to `most`, and among those the most even ones. None, if there are none of that product.
+    static std::vector<int64_t> fewest(int64_t product, int64_t most) {
+        std::vector<int64_t> best;
+        for (const int64_t last : {12, 9, 8, 6, 5, 4, 3, 2}) {
+            if (last > most || product % last) continue;
+            std::vector<int64_t> found = fewest(product / last, last);
+            if (found.empty() && product > last) continue;
+            found.push_back(last);
+            if (best.empty() || found.size() <= best.size()) best = found;
+        }
+        return best;
+    }
+
+    void add_pass(int64_t rest, int64_t radix) {
+        const int64_t parts = rest / radix;
         Pass pass{radix, parts, {}, {}};
         for (int64_t j = 0; j < radix; ++j) pass.roots.push_back(turn_of(j, radix));
         for (int64_t p = 0; p < parts; ++p)
@@ -208,6 +187,14 @@ class ComplexTransform {
     }
 
     std::vector<Pass> passes;
+};
+
+// Numbers of W rows one after the other.
+template <int W>
+struct Columns {
+    float *even, *odd;
+    int64_t stride;
+    INLINE_MEMBER float* at(int64_t i) const { return (i % 2 ? odd : even) + i / 2 * stride; }
 };
 
 // Of real numbers x (size,), and back. They have the spectrum X[k] = sum_n x[n] e^(2 pi i k n / size),
@@ -227,56 +214,55 @@ class RealTransform {
     int64_t bins() const { return size / 2 + 1; }
     int64_t room() const { return length + 1; }  // complex numbers of a row in a buffer
 
-    // Numbers 0, 1 .. `size` of all rows in a buffer.
-    float* column(Waves waves, int64_t n, int64_t rows) const {
-        if (!halved) return waves.re + n * rows;
-        return (n % 2 ? waves.im : waves.re) + n / 2 * rows;
+    // Where numbers `n`, n + 1 .. of W rows stand in a buffer, for an even n.
+    template <int W>
+    Columns<W> columns(Waves waves, int64_t n) const {
+        if (halved) return {waves.re + n / 2 * W, waves.im + n / 2 * W, W};
+        return {waves.re + n * W, waves.re + (n + 1) * W, 2 * W};
     }
 
     // Columns of numbers become `spectrum_scale` times their spectrum.
-    void to_spectrum(Waves& now, Waves& other, int64_t rows) const {
+    template <int W>
+    void to_spectrum(Waves& now, Waves& other) const {
         if (!halved) {
-            for (int64_t i = 0; i < length * rows; ++i) now.im[i] = 0;
-            return transform.run(now, other, rows);
+            for (int64_t i = 0; i < length * W; ++i) now.im[i] = 0;
+            return transform.run<W>(now, other);
         }
-        transform.run(now, other, rows);
-        for_groups(rows, LANES, [&](int64_t i, auto... n) {
-            now.put(length * rows + i, now.at(i, n...), n...);
-            for (int64_t k = 0; k <= length / 2; ++k) {
-                const int64_t one = k * rows + i, mirrored = (length - k) * rows + i;
-                const Complex a = now.at(one, n...), b = conjugate(now.at(mirrored, n...));
-                const Complex odd = times_i(turned(a - b, turns[k]));
-                now.put(one, (a + b) - odd, n...);
-                now.put(mirrored, conjugate((a + b) + odd), n...);
-            }
-        });
+        transform.run<W>(now, other);
+        now.put(length * W, now.at<W>(0));
+        for (int64_t k = 0; k <= length / 2; ++k) {
+            const int64_t one = k * W, mirrored = (length - k) * W;
+            const Complex<W> a = now.at<W>(one), b = conjugate(now.at<W>(mirrored));
+            const Complex<W> odd = times_i(turned(a - b, turns[k]));
+            now.put(one, (a + b) - odd);
+            now.put(mirrored, conjugate((a + b) + odd));
+        }
     }
     float spectrum_scale() const { return halved ? 2.0f : 1.0f; }
 
     // Columns of x from a spectrum, of which the parts of bins 0 and size / 2 count twice, and the
     // imaginary ones there not at all.
-    void to_numbers(Waves& now, Waves& other, int64_t rows) const {
-        for_groups(rows, LANES, [&](int64_t i, auto... n) {
-            double_real(now, i, n...);
-            if (halved) double_real(now, length * rows + i, n...);
-            for (int64_t k = 0; halved && k <= length / 2; ++k) {
-                const int64_t one = k * rows + i, mirrored = (length - k) * rows + i;
-                const Complex a = now.at(one, n...), b = conjugate(now.at(mirrored, n...));
-                const Complex odd = times_i(turned(a - b, turns[k]));
-                now.put(one, (a + b) + odd, n...);
-                now.put(mirrored, conjugate((a + b) - odd), n...);
-            }
-            for (int64_t k = 1; !halved && k < bins(); ++k)
-                now.put((size - k) * rows + i, conjugate(now.at(k * rows + i, n...)), n...);
-        });
-        transform.run(now, other, rows);
+    template <int W>
+    void to_numbers(Waves& now, Waves& other) const {
+        double_real<W>(now, 0);
+        if (halved) double_real<W>(now, length * W);
+        for (int64_t k = 0; halved && k <= length / 2; ++k) {
+            const int64_t one = k * W, mirrored = (length - k) * W;
+            const Complex<W> a = now.at<W>(one), b = conjugate(now.at<W>(mirrored));
+            const Complex<W> odd = times_i(turned(a - b, turns[k]));
+            now.put(one, (a + b) + odd);
+            now.put(mirrored, conjugate((a + b) - odd));
+        }
+        for (int64_t k = 1; !halved && k < bins(); ++k)
+            now.put((size - k) * W, conjugate(now.at<W>(k * W)));
+        transform.run<W>(now, other);
     }
 
   private:
-    template <class... N>
-    static void double_real(Waves waves, int64_t i, N... n) {
-        const Complex v = waves.at(i, n...);
-        waves.put(i, {v.re + v.re, Floats{}}, n...);
+    template <int W>
+    static void double_real(Waves waves, int64_t i) {
+        const Complex<W> v = waves.at<W>(i);
+        waves.put(i, Complex<W>{v.re + v.re, Vector<W>{}});
     }
 
     const int64_t length;
