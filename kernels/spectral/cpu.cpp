@@ -2,8 +2,8 @@
 // are transformed together, once for all targets of the site, then each is multiplied by its own S, and
 // the products of a target are transformed back together. Rows are multiplied side by side as well where
 // all matrices have their entries at the same places, as those of one adapter do, and those of most
-// adapters of one rank and seed; others one by one, each laid out for itself. Every number of a product
-// has one accumulator that takes its entries in order, in either case.
+// adapters of one rank and seed; others one by one. Every number of a product has one accumulator that
+// takes its entries in order, in either case.
 #include <algorithm>
 
 #include "../cpu/products.h"
@@ -186,12 +186,13 @@ class Spectral {
         });
     }
 
-    // Floats of half a buffer, for W rows.
+    // Floats of half a buffer, for W rows: not a power of two, so that what is read and what is written
+    // at the same time does not fall on the same lines of cache.
     template <int W>
     int64_t plane() const {
         int64_t room = input->room();
         for (const auto& output : outputs) room = max_of(room, output->room());
-        return W * padded(room);
+        return W * padded(room) + LANES;
     }
 
     template <int W>
@@ -206,7 +207,6 @@ class Spectral {
             Vector<W> columns[LANES];
             to_columns<W>(rows, columns);
             const Columns<W> out = input->columns<W>(to, i);
-#pragma GCC unroll 16
             for (int c = 0; c < min_of(LANES, n...); ++c) store_lanes(out.at(c), columns[c]);
         });
     }
@@ -227,7 +227,6 @@ class Spectral {
         for_groups(output.size, LANES, [&](int64_t i, auto... n) {
             const Columns<W> in = output.columns<W>(from, i);
             Vector<W> columns[LANES] = {};
-#pragma GCC unroll 16
             for (int c = 0; c < min_of(LANES, n...); ++c) columns[c] = load_lanes<W>(in.at(c));
             Floats rows[W];
             to_rows<W>(columns, rows);

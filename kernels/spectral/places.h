@@ -1,6 +1,6 @@
 // Where some entries of S stand in half a spectrum: the bins of their rows and columns. Of a bin beyond
 // the half there is the conjugate; `sign` is -1 where an entry meets one, of which the imaginary part is
-// the other way round.
+// the other way round. Bins are counted in floats of a buffer of W rows side by side.
 #pragma once
 
 #include "../sparse/entries.h"
@@ -12,8 +12,8 @@ class Places {
     int32_t outputs[MOST + LANES], inputs[MOST];
     float sign[MOST];
 
-    // Calls body() for all entries, some at a time. Places that are here since the last call are not
-    // looked up again: an adapter's matrices of one size may share them.
+    // Calls body() for all entries, some at a time. Places that are here since the last call, of as many
+    // rows, are not looked up again: an adapter's matrices of one size may share them.
     template <int W, class T, class Body>
     void each(const Entries<T>& entries, Body body) {
         if (holds(entries)) return body();

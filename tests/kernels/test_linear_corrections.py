@@ -627,6 +627,8 @@ SPECTRAL_SIZES = (
     (1536, (576,)),
     (576, (1536, 192)),
     (8 * 43, (8 * 43,)),
+    (2 * 5 * 9 * 12, (2 * 8 * 12, 2 * 6 * 7, 3 * 3 * 3)),
+    (5, (18, 16, 45)),
 )
 
 
@@ -649,6 +651,38 @@ def with_places_of_the_first(pool: Pool, rng: torch.Generator, i: int, o: int) -
     cell = SparseCell(values.numel(), pool.put(starts), pool.put(columns), pool.put(values))
     weight, terms = torch.fft.ifft2(spectrum.double()).real, spectrum.double().abs().mean()
     return Delta(cell, weight, terms.expand(weight.shape))
+
+
+@pytest.mark.parametrize("rows_each", [1, 2, 4, 8])
+@pytest.mark.parametrize("frequencies", [40, 1500])
+def test_targets_of_one_size_share_where_frequencies_stand(
+    compiled: Backend, dtype: torch.dtype, rows_each: int, frequencies: int
+) -> None:
+    """The last target's stand elsewhere, where only one of the adapters has any."""
+    shared: dict[tuple[int, int], tuple[int, int, Tensor]] = {}
+    calls = iter(range(5))
+
+    def make(pool: Pool, rng: torch.Generator, in_size: int, out_size: int) -> Delta:
+        own = next(calls) == 4
+        if own or (out_size, in_size) not in shared:
+            places = torch.randperm(out_size * in_size, generator=rng)[:frequencies].sort().values
+            counts = torch.bincount(places // in_size, minlength=out_size).cumsum(0)
+            starts = torch.cat((counts.new_zeros(1), counts)).int()
+            put = (pool.put(starts), pool.put((places % in_size).int()), places)
+            shared.setdefault((out_size, in_size), put)
+        else:
+            put = shared[out_size, in_size]
+        values = randn(pool, rng, frequencies)
+        spectrum = torch.zeros(out_size * in_size, dtype=torch.float64)
+        spectrum[put[2]] = values.double()
+        spectrum = spectrum.view(out_size, in_size)
+        cell = SparseCell(frequencies, *put[:2], pool.put(values))
+        weight, terms = torch.fft.ifft2(spectrum).real, spectrum.abs().mean()
+        return Delta(cell, weight, terms.expand(weight.shape))
+
+    site = make_site(make, dtype, 48, (64, 64, 64), slots=2)
+    groups = [(0, rows_each, 0, 1.0), (rows_each, 2 * rows_each, 1, -0.5)]
+    check(compiled.deltas.add_spectral, site, dtype, 2 * rows_each, groups)
 
 
 @pytest.mark.parametrize("seventh", [spectral, with_places_of_the_first])
