@@ -31,14 +31,14 @@ class _PackedLinear:
         packed: W in tiles, as ``cpu.cpp`` says.
         bias: b (out,), None without one.
         in_size: Inputs.
-        out_size: Outputs.
+        whole: All outputs as one target.
     """
 
     multiply: Kernel
     packed: Tensor
     bias: Tensor | None
     in_size: int
-    out_size: int
+    whole: SiteTargets
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """See ``LinearOp``.
@@ -46,7 +46,7 @@ class _PackedLinear:
         Raises:
             ValueError: It has another width, another dtype, or gaps within its rows.
         """
-        return self._multiplied(x[None], SiteTargets(0, (0,), (self.out_size,)))
+        return self._multiplied(x[None], self.whole)
 
     def per_target(self, inputs: Tensor, _: Tensor, targets: SiteTargets, /) -> Tensor:
         """See ``LinearOp``.
@@ -61,11 +61,12 @@ class _PackedLinear:
 
     def _multiplied(self, inputs: Tensor, targets: SiteTargets) -> Tensor:
         _, rows, size = inputs.shape
+        (out_size,) = self.whole.out_sizes
         require(
             inputs.dtype is torch.bfloat16 and size == self.in_size and inputs.stride(2) == 1,
             f"expected dense bfloat16 rows of {self.in_size}",
         )
-        y = torch.empty(rows, self.out_size, dtype=torch.bfloat16)
+        y = torch.empty(rows, out_size, dtype=torch.bfloat16)
         error = self.multiply(
             y.data_ptr(),
             inputs.data_ptr(),
@@ -73,7 +74,7 @@ class _PackedLinear:
             inputs.stride(1),
             rows,
             self.in_size,
-            self.out_size,
+            out_size,
             self.packed.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             prepare_targets(targets),
@@ -106,4 +107,4 @@ class CompiledLinear:
         multiply = self._library.kernel(
             "linear_bfloat16", _ARGUMENTS, f"linear {in_size} -> {out_size}"
         )
-        return _PackedLinear(multiply, packed, offset, in_size, out_size)
+        return _PackedLinear(multiply, packed, offset, in_size, SiteTargets(0, (0,), (out_size,)))

@@ -136,7 +136,7 @@ void compute(const Call& call, const Columns& columns, int64_t block, int64_t fr
     }
 }
 
-const char* multiply(const Call& call, const std::vector<Columns>& columns, int64_t threads) {
+void multiply(const Call& call, const std::vector<Columns>& columns, int64_t threads) {
     // Few rows' time is that of reading weights, of which each thread has its part. Many rows' is that
     // of what lies between the operations, so each thread keeps to its part of the rows.
     const int64_t parts = call.rows >= threads * PART_ROWS ? threads : 1;
@@ -154,7 +154,6 @@ const char* multiply(const Call& call, const std::vector<Columns>& columns, int6
             compute(call, *own, own->first + block, from, min_of(from + part_rows, call.rows), scratch);
         });
     });
-    return nullptr;
 }
 
 #endif
@@ -190,7 +189,8 @@ extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_plane, 
         const auto* input = static_cast<const bfloat16*>(x) + t * x_plane;
         columns.push_back({start, size, {input, x_stride}});
     }
-    return multiply(call, columns, threads);
+    multiply(call, columns, threads);
+    return nullptr;
 #else
     (void)y, (void)x, (void)x_plane, (void)x_stride, (void)rows, (void)in_size, (void)out_size;
     (void)packed, (void)bias, (void)targets, (void)threads;
