@@ -139,16 +139,20 @@ Work cut(const Step<T>& step, int64_t max_columns, int64_t sharing, int64_t thre
     return work;
 }
 
-// Some of a step's KV heads.
-struct Heads {
-    int64_t first, last;
+// Columns q .. end - 1 of each head of a unit meet a tile of keys of one sequence, of which they see some
+// of `needed`. The heads of a block lie side by side in memory, and so are read one after the other.
+struct Visit {
+    int64_t sequence, base, q, end;
+    Range needed;
 };
 
-// The columns of a unit: head after head, those of each head beginning a tile of them.
+// A group with some heads. Its columns: head after head, those of each head beginning a tile of them.
 template <class T>
-struct Columns {
-    std::vector<Column<T>> all;
-    int64_t per_head = 0, stride = 0;
+struct Unit {
+    int64_t number = -1, per_head = 0, stride = 0;
+    Heads heads{};
+    std::vector<Column<T>> columns;
+    std::vector<Visit> visits;
 };
 
 template <class T>
@@ -165,65 +169,79 @@ void add_rows(const Step<T>& step, const Rows& member, int64_t kv_head, Column<T
 }
 
 template <class T>
-void add_columns(const Step<T>& step, const Work& work, const Group& group, const Heads& heads,
-                 Columns<T>& columns) {
-    columns.per_head = 0;
+void add_columns(const Step<T>& step, const Work& work, const Group& group, Unit<T>& unit) {
+    const Heads& heads = unit.heads;
+    unit.per_head = 0;
     for (int64_t i = group.first; i < group.last; ++i)
-        columns.per_head += work.members[i].count() * step.group;
-    columns.stride = div_up(columns.per_head, TILE_OUTS) * TILE_OUTS;
-    columns.all.resize((heads.last - heads.first) * columns.stride);
-    Column<T>* to = columns.all.data();
-    for (int64_t head = heads.first; head < heads.last; ++head, to += columns.stride)
+        unit.per_head += work.members[i].count() * step.group;
+    unit.stride = div_up(unit.per_head, TILE_OUTS) * TILE_OUTS;
+    unit.columns.resize((heads.last - heads.first) * unit.stride);
+    Column<T>* to = unit.columns.data();
+    for (int64_t head = heads.first; head < heads.last; ++head, to += unit.stride)
         for (int64_t i = group.first, q = 0; i < group.last; ++i) {
             add_rows(step, work.members[i], head, to + q);
             q += work.members[i].count() * step.group;
         }
 }
 
-// Columns q .. end of each head, of which `sequence` is one's, against their keys among from .. to. The
-// heads of a block lie side by side in memory, and so are read one after the other.
-template <class T, class Tiles>
-void attend_keys(const Step<T>& step, int64_t sequence, const Heads& heads,
-                 const Columns<T>& columns, int64_t q, int64_t end, int64_t from, int64_t to,
-                 Tiles& tiles) {
-    int64_t first = columns.all[q].first, last = 0;
+// Columns q .. end of each head, of which `sequence` is one's, meet their keys among from .. to.
+template <class T>
+void add_visits(int64_t sequence, int64_t q, int64_t end, int64_t from, int64_t to, Unit<T>& unit) {
+    int64_t first = unit.columns[q].first, last = 0;
     for (int64_t i = q; i < end; ++i) {
-        first = min_of(first, columns.all[i].first);
-        last = max_of(last, columns.all[i].end);
+        first = min_of(first, unit.columns[i].first);
+        last = max_of(last, unit.columns[i].end);
     }
     first = max_of(first, from);
     last = min_of(last, to);
-    for (int64_t base = first / KEYS * KEYS; base < last; base += KEYS) {
-        const Range needed = {max_of(first - base, 0), min_of(last - base, KEYS)};
-        for (int64_t head = heads.first; head < heads.last; ++head) {
-            const int64_t at = (head - heads.first) * columns.stride;
-            const PagedHead<T> keys(step.cache.keys, step, sequence, head);
-            const PagedHead<T> values(step.cache.values, step, sequence, head);
-            prefetch(keys, base + KEYS, min_of(base + 2 * KEYS, last));
-            prefetch(values, base + KEYS, min_of(base + 2 * KEYS, last));
-            tiles.take(keys, values, base, needed);
-            tiles.attend(at + q, at + end, base);
-        }
+    for (int64_t base = first / KEYS * KEYS; base < last; base += KEYS)
+        unit.visits.push_back(
+            {sequence, base, q, end, {max_of(first - base, 0), min_of(last - base, KEYS)}});
+}
+
+// First the keys that all members share, then each one's own.
+template <class T>
+void prepare(const Step<T>& step, const Work& work, const Group& group, const Heads& heads,
+             Unit<T>& unit) {
+    unit.heads = heads;
+    add_columns(step, work, group, unit);
+    add_visits(work.members[group.first].sequence, 0, unit.per_head, 0, group.shared, unit);
+    for (int64_t i = group.first, q = 0; i < group.last; ++i) {
+        const int64_t end = q + work.members[i].count() * step.group;
+        add_visits(work.members[i].sequence, q, end, group.shared, unit.columns[end - 1].end,
+                   unit);
+        q = end;
     }
 }
 
+// What the visit after number i of this unit reads.
+template <class T>
+Ahead<T> ahead_of(const Step<T>& step, const Unit<T>& unit, size_t i, const Unit<T>& next) {
+    const bool here = i + 1 < unit.visits.size();
+    const Visit none{}, &visit = here                  ? unit.visits[i + 1]
+                                 : next.visits.empty() ? none
+                                                       : next.visits.front();
+    return {step, visit.sequence, here ? unit.heads : next.heads, visit.base + visit.needed.lo,
+            visit.base + visit.needed.hi};
+}
+
 template <class T, class Tiles>
-void attend(const Step<T>& step, const Work& work, const Group& group, const Heads& heads,
-            Columns<T>& columns, Tiles& tiles) {
-    add_columns(step, work, group, heads, columns);
-    const int64_t end_of_all = static_cast<int64_t>(columns.all.size());
-    for (int64_t at = 0; at < end_of_all; at += columns.stride)
-        tiles.begin(columns.all.data(), at, at + columns.per_head);
-    attend_keys(step, work.members[group.first].sequence, heads, columns, 0, columns.per_head, 0,
-                group.shared, tiles);
-    for (int64_t i = group.first, q = 0; i < group.last; ++i) {
-        const int64_t end = q + work.members[i].count() * step.group;
-        attend_keys(step, work.members[i].sequence, heads, columns, q, end, group.shared,
-                    columns.all[end - 1].end, tiles);
-        q = end;
+void attend(const Step<T>& step, const Unit<T>& unit, const Unit<T>& next, Tiles& tiles) {
+    const int64_t columns = static_cast<int64_t>(unit.columns.size());
+    for (int64_t at = 0; at < columns; at += unit.stride)
+        tiles.begin(unit.columns.data(), at, at + unit.per_head);
+    for (size_t i = 0; i < unit.visits.size(); ++i) {
+        const Visit& visit = unit.visits[i];
+        Ahead<T> ahead = ahead_of(step, unit, i, next);
+        for (int64_t head = unit.heads.first, at = 0; head < unit.heads.last; ++head) {
+            tiles.take(KeysAndValues<T>(step, visit.sequence, head), visit.base, visit.needed, ahead);
+            tiles.attend(at + visit.q, at + visit.end, visit.base, ahead);
+            at += unit.stride;
+        }
+        ahead.fetch_all();
     }
-    for (int64_t at = 0; at < end_of_all; at += columns.stride)
-        tiles.finish(at, at + columns.per_head);
+    for (int64_t at = 0; at < columns; at += unit.stride)
+        tiles.finish(at, at + unit.per_head);
 }
 
 // Where there are groups enough for all threads, a unit is a group with all heads. What it holds of a
@@ -236,13 +254,22 @@ void attend_all(const Step<T>& step, int64_t threads) {
     const bool together = groups >= 2 * threads && step.cache.kv_heads * stride <= 2 * Tiles::MAX_COLUMNS;
     const int64_t heads = together ? step.cache.kv_heads : 1;
     const int64_t units = groups * (step.cache.kv_heads / heads);
+    // Head by head: groups with the same first blocks follow one another.
+    const auto make = [&](int64_t number, Unit<T>& unit) {
+        unit.number = number;
+        unit.visits.clear();
+        if (number == units) return;
+        const int64_t head = number / groups * heads;
+        prepare(step, work, work.groups[number % groups], {head, head + heads}, unit);
+    };
     share_tasks(units, threads, [&](Tasks& tasks) {
         Tiles tiles(step, heads * stride);
-        Columns<T> columns;
-        // Head by head: groups with the same first blocks follow one another.
-        tasks.each([&](int64_t unit) {
-            const int64_t head = unit / groups * heads;
-            attend(step, work, work.groups[unit % groups], {head, head + heads}, columns, tiles);
+        Unit<T> now, next;
+        tasks.each([&](int64_t number) {
+            if (next.number == number) std::swap(now, next);
+            else make(number, now);
+            make(number + 1, next);
+            attend(step, now, next, tiles);
         });
     });
 }

@@ -20,6 +20,10 @@ class MatrixTiles {
     static constexpr int64_t GROUPS = KEYS / TILE_ROWS;
     static constexpr int64_t FEW = 4;  // columns: what of them is turned at once
 
+    // What is asked for ahead while 32 numbers of two values are paired up, and while tiles of keys or
+    // values are multiplied: over a whole tile of a head, as many lines as it has.
+    static constexpr int64_t PAIR_LINES = 2, TILE_LINES = 16;
+
     struct alignas(64) CacheLine {
         uint8_t bytes[64];
     };
@@ -36,7 +40,8 @@ class MatrixTiles {
     State* states;      // (columns / 16)
     uint32_t* queries;  // (columns / 16, in_tiles, 16 pairs, 16 columns)
     float* out;         // (columns, head_dim) in the order of the values, not yet divided by the total
-    bfloat16 *copied_keys, *values;  // (KEYS, head_dim); (KEYS / 32, head_dim / 16, 16 pairs, 16 x 2)
+    bfloat16 *copied_keys, *copied_values;  // (KEYS, head_dim) each
+    bfloat16* values;  // (KEYS / 32, head_dim / 16, 16 pairs, 16 x 2)
     const bfloat16* keys[GROUPS];    // 16 rows each
     alignas(64) float scores[KEYS][TILE_OUTS];
     alignas(64) float few_scores[FEW][KEYS];
@@ -55,13 +60,14 @@ class MatrixTiles {
     MatrixTiles(const Step<bfloat16>& step, int64_t max_columns)
         : step(step), head_dim(step.cache.head_dim), in_tiles(head_dim / TILE_INS) {
         const int64_t tiles = div_up(max_columns, TILE_OUTS), columns = tiles * TILE_OUTS;
-        const int64_t numbers = columns * head_dim * 6 + 2 * KEYS * head_dim * 2;  // bytes
+        const int64_t numbers = columns * head_dim * 6 + 3 * KEYS * head_dim * 2;  // bytes
         memory.reset(new CacheLine[(tiles * sizeof(State) + numbers) / sizeof(CacheLine)]());
         states = reinterpret_cast<State*>(memory.get());
         queries = reinterpret_cast<uint32_t*>(states + tiles);
         out = reinterpret_cast<float*>(queries + columns * head_dim / 2);
         copied_keys = reinterpret_cast<bfloat16*>(out + columns * head_dim);
-        values = copied_keys + KEYS * head_dim;
+        copied_values = copied_keys + KEYS * head_dim;
+        values = copied_values + KEYS * head_dim;
     }
 
     // Columns q .. end - 1 of the unit have seen nothing yet; q begins a tile of them.
@@ -75,20 +81,23 @@ class MatrixTiles {
         }
     }
 
-    void take(const PagedHead<bfloat16>& paged_keys, const PagedHead<bfloat16>& paged_values,
-              int64_t base, const Range& needed) {
-        for (int64_t g = needed.lo / TILE_INS * 2; g < div_up(needed.hi, TILE_ROWS); ++g)
-            keys[g] = key_rows(paged_keys, base, g, needed);
-        for (int64_t pair = needed.lo / TILE_INS * TILE_ROWS;
-             pair < div_up(needed.hi, TILE_INS) * TILE_ROWS; ++pair)
-            pair_up(value_row(paged_values, base, 2 * pair, needed),
-                    value_row(paged_values, base, 2 * pair + 1, needed), pair);
+    void take(const KeysAndValues<bfloat16>& head, int64_t base, const Range& needed,
+              Ahead<bfloat16>& ahead) {
+        for (int64_t g = needed.lo / TILE_INS * 2; g < div_up(needed.hi, TILE_INS) * 2; ++g) {
+            const Range here = {max_of(needed.lo - g * TILE_ROWS, 0),
+                                min_of(needed.hi - g * TILE_ROWS, TILE_ROWS)};
+            const bool any = !here.empty();
+            keys[g] = any ? rows_of(head.keys, base, g, here, copied_keys) : copied_keys;
+            const bfloat16* rows =
+                any ? rows_of(head.values, base, g, here, copied_values) : copied_values;
+            pair_up(rows, here, g, ahead);
+        }
     }
 
-    void attend(int64_t q, int64_t end, int64_t base) {
+    void attend(int64_t q, int64_t end, int64_t base, Ahead<bfloat16>& ahead) {
         for (int64_t next; q < end; q = next) {
             next = min_of(end, (q / TILE_OUTS + 1) * TILE_OUTS);
-            attend_columns(q, next, base);
+            attend_columns(q, next, base, ahead);
         }
     }
 
@@ -119,39 +128,41 @@ class MatrixTiles {
         std::memcpy(query_tile(q, in_tile), pairs, sizeof pairs);
     }
 
-    // Sixteen rows of keys one behind the other: where they lie, or copied where blocks are not made of
-    // sixteens. What the rows beside lo .. hi hold only enters scores that are masked.
-    const bfloat16* key_rows(const PagedHead<bfloat16>& paged, int64_t base, int64_t g,
-                             const Range& needed) const {
-        if (paged.block_size % TILE_ROWS == 0) return paged.row(base + g * TILE_ROWS);
-        bfloat16* rows = copied_keys + g * TILE_ROWS * head_dim;
-        for (int64_t j = max_of(needed.lo, g * TILE_ROWS);
-             j < min_of(needed.hi, (g + 1) * TILE_ROWS); ++j)
-            std::memcpy(rows + j % TILE_ROWS * head_dim, paged.row(base + j),
-                        head_dim * sizeof(bfloat16));
+    // Sixteen rows of keys or values one behind the other: where they lie, or copied where blocks are not
+    // made of sixteens. What keys beside `here` hold only enters scores that are masked.
+    const bfloat16* rows_of(const PagedHead<bfloat16>& paged, int64_t base, int64_t g,
+                            const Range& here, bfloat16* copied) const {
+        const int64_t first = base + g * TILE_ROWS;
+        if (paged.block_size % TILE_ROWS == 0) return paged.row(first);
+        bfloat16* rows = copied + g * TILE_ROWS * head_dim;
+        for (int64_t j = here.lo; j < here.hi; ++j)
+            std::memcpy(rows + j * head_dim, paged.row(first + j), head_dim * sizeof(bfloat16));
         return rows;
     }
 
-    static const bfloat16* value_row(const PagedHead<bfloat16>& paged, int64_t base, int64_t j,
-                                     const Range& needed) {
-        return j >= needed.lo && j < needed.hi ? paged.row(base + j) : nullptr;
-    }
-
-    // Values of two keys side by side, zeros for a key that nobody sees. Within 32 values the 16 of the
-    // first tile are the first fours of every eight, which is how the instruction pairs them.
-    INLINE_MEMBER void pair_up(const bfloat16* first, const bfloat16* second, int64_t pair) {
-        bfloat16* to = values + pair / TILE_ROWS * TILE_INS * head_dim + pair % TILE_ROWS * TILE_INS;
-        for (int64_t i = 0; i < head_dim; i += TILE_INS, to += 2 * TILE) {
-            const __m512i none = _mm512_setzero_si512();
-            const __m512i a = first ? _mm512_loadu_si512(first + i) : none;
-            const __m512i b = second ? _mm512_loadu_si512(second + i) : none;
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-            _mm512_store_si512(to + TILE, _mm512_unpackhi_epi16(a, b));
+    // Sixteen rows of values, two side by side, with zeros for those that nobody sees. Within 32 values
+    // the 16 of the first tile are the first fours of every eight, which is how the instruction pairs
+    // them.
+    INLINE_MEMBER void pair_up(const bfloat16* rows, const Range& here, int64_t g,
+                               Ahead<bfloat16>& ahead) {
+        bfloat16* to = values + g / 2 * TILE_INS * head_dim + g % 2 * TILE / 2;
+        const __m512i none = _mm512_setzero_si512();
+        for (int64_t j = 0; j < TILE_ROWS; j += 2, to += TILE_INS) {
+            const bool even = j >= here.lo && j < here.hi, odd = j + 1 >= here.lo && j + 1 < here.hi;
+            const bfloat16* row = rows + j * head_dim;
+            bfloat16* pairs = to;
+            for (int64_t i = 0; i < head_dim; i += TILE_INS, pairs += 2 * TILE) {
+                const __m512i a = even ? _mm512_loadu_si512(row + i) : none;
+                const __m512i b = odd ? _mm512_loadu_si512(row + head_dim + i) : none;
+                _mm512_store_si512(pairs, _mm512_unpacklo_epi16(a, b));
+                _mm512_store_si512(pairs + TILE, _mm512_unpackhi_epi16(a, b));
+                ahead.fetch(PAIR_LINES);
+            }
         }
     }
 
     // Columns q .. end - 1, which lie in one tile.
-    void attend_columns(int64_t q, int64_t end, int64_t base) {
+    void attend_columns(int64_t q, int64_t end, int64_t base, Ahead<bfloat16>& ahead) {
         const int64_t tile = q / TILE_OUTS * TILE_OUTS;
         State& state = states[q / TILE_OUTS];
         state.first = state.end = Ints{};  // columns of other sequences see none of these keys
@@ -167,16 +178,16 @@ class MatrixTiles {
         const int64_t first = all.lo / TILE_INS, last = div_up(all.hi, TILE_INS);
         const int64_t groups = div_up(all.hi, TILE_ROWS);
         for (int64_t half = first; half < last; ++half)
-            score(tile, half, 2 * half + 1 < groups);
+            score(tile, half, 2 * half + 1 < groups, ahead);
         const Range passed = {first * TILE_INS, last * TILE_INS};
         const Floats factors = end - q <= FEW ? soften_few(state, q - tile, end - tile, passed)
                                               : soften_all(state, passed);
         for (int64_t i = 0; i < head_dim; i += TILE_INS)
-            mix(q, end, i, first, last, factors);
+            mix(q, end, i, first, last, factors, ahead);
     }
 
     // scores[j][c] = k_j . q_c for the 32 keys of a half, of which the second sixteen may be unseen
-    void score(int64_t q, int64_t half, bool both) {
+    void score(int64_t q, int64_t half, bool both, Ahead<bfloat16>& ahead) {
         const int64_t stride = head_dim * static_cast<int64_t>(sizeof(bfloat16));
         const bfloat16 *first = keys[2 * half], *second = keys[2 * half + both];
         memory_is_written();
@@ -188,6 +199,7 @@ class MatrixTiles {
             _tile_loadd(5, second + k * TILE_INS, stride);
             _tile_dpbf16ps(2, 4, 0);
             _tile_dpbf16ps(3, 5, 0);
+            ahead.fetch(TILE_LINES);
         }
         _tile_stored(2, scores[half * TILE_INS], TILE_BYTES);
         _tile_stored(3, scores[half * TILE_INS + TILE_ROWS], TILE_BYTES);
@@ -328,7 +340,7 @@ class MatrixTiles {
 
     // out_c = factor_c out_c + sum_j weight_cj v_j for 32 of the values
     void mix(int64_t q, int64_t end, int64_t column, int64_t first, int64_t last,
-             const Floats& factors) {
+             const Floats& factors, Ahead<bfloat16>& ahead) {
         constexpr int64_t stride = sizeof weights[0][0], sums_stride = sizeof sums[0];
         memory_is_written();
         _tile_zero(2);
@@ -343,6 +355,7 @@ class MatrixTiles {
             _tile_dpbf16ps(3, 0, 5);
             _tile_dpbf16ps(2, 1, 4);
             _tile_dpbf16ps(3, 1, 5);
+            ahead.fetch(TILE_LINES);
         }
         _tile_stored(2, sums[0], sums_stride);
         _tile_stored(3, sums[0] + TILE_OUTS, sums_stride);

@@ -52,16 +52,71 @@ struct PagedHead {
     }
 };
 
-// Asks for keys or values start .. end - 1 before they are needed: blocks of a sequence lie too far from
-// each other for the processor to do it by itself.
+// The keys and the values of one sequence and KV head.
 template <class T>
-INLINE void prefetch(const PagedHead<T>& paged, int64_t start, int64_t end) {
-    const int64_t bytes = paged.head_dim * sizeof(T);
-    for (int64_t j = start; j < end; ++j) {
-        const char* row = reinterpret_cast<const char*>(paged.row(j));
-        for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(row + i, 0, 2);
+struct KeysAndValues {
+    PagedHead<T> keys, values;
+    KeysAndValues(const Step<T>& step, int64_t sequence, int64_t kv_head)
+        : keys(step.cache.keys, step, sequence, kv_head),
+          values(step.cache.values, step, sequence, kv_head) {}
+};
+
+// Some of a step's KV heads.
+struct Heads {
+    int64_t first, last;
+};
+
+// Asks for keys start .. end - 1 of a sequence and their values before they are needed, a few lines at a
+// time, in the order in which they lie in memory: blocks of a sequence lie too far from each other for
+// the processor to do it by itself, and whoever asks for more lines than it can wait for waits itself.
+template <class T>
+class Ahead {
+  public:
+    Ahead(const Step<T>& step, int64_t sequence, const Heads& heads, int64_t start, int64_t end)
+        : step(step), table(step.block_table(sequence)), heads(heads), head(heads.first), end(end),
+          from(start), to(block_end(start)) {}
+
+    INLINE_MEMBER void fetch(int64_t lines) {
+        for (; lines > 0; --lines, at += LINE) {
+            if (at >= until && !next_rows()) return;
+            __builtin_prefetch(at, 0, 2);
+        }
     }
-}
+
+    void fetch_all() { fetch(INT64_MAX); }
+
+  private:
+    const Step<T>& step;
+    const int32_t* table;
+    const Heads heads;
+    int64_t head, end, from, to;  // keys from .. to - 1 lie in one block
+    bool of_values = false;
+    const char *at = nullptr, *until = nullptr;
+
+    int64_t block_end(int64_t key) const {
+        const int64_t size = step.cache.block_size;
+        return min_of(end, (key / size + 1) * size);
+    }
+
+    // Of a head and block, they lie one behind the other.
+    bool next_rows() {
+        if (from >= end) return false;
+        const Cache& cache = step.cache;
+        const T* data = static_cast<const T*>(of_values ? cache.values : cache.keys);
+        const int64_t row = head * cache.block_size + from % cache.block_size;
+        const int64_t block = table[from / cache.block_size];
+        at = reinterpret_cast<const char*>(data + block * cache.block_stride + row * cache.head_dim);
+        until = at + (to - from) * cache.head_dim * static_cast<int64_t>(sizeof(T));
+        if (++head < heads.last) return true;
+        head = heads.first;
+        of_values = !of_values;
+        if (!of_values) {
+            from = to;
+            to = block_end(from);
+        }
+        return true;
+    }
+};
 
 // One query row and head of a unit.
 template <class T>

@@ -87,15 +87,15 @@ class VectorTiles {
     }
 
     // Keys lo .. hi of the tile that begins at `base`; those beside them count as zero, unread.
-    void take(const PagedHead<T>& paged_keys, const PagedHead<T>& paged_values, int64_t base,
-              const Range& needed) {
-        unpack_keys(paged_keys, base, needed);
+    void take(const KeysAndValues<T>& head, int64_t base, const Range& needed, Ahead<T>& ahead) {
+        ahead.fetch_all();
+        unpack_keys(head.keys, base, needed);
         for (int64_t j = needed.lo; j < needed.hi; ++j)
-            unpack_head(paged_values.row(base + j), paged_values.head_dim, values + j * width);
+            unpack_head(head.values.row(base + j), head.values.head_dim, values + j * width);
     }
 
     // Columns q .. end against the tile taken last.
-    void attend(int64_t q, int64_t end, int64_t base) {
+    void attend(int64_t q, int64_t end, int64_t base, Ahead<T>&) {
         for (; q + ROWS <= end; q += ROWS) attend_rows<ROWS>(q, base);
         switch (end - q) {
             case 3: attend_rows<3>(q, base); break;
