@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,10 +44,25 @@ class Latest(Generic[K, V]):
         return entry[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Recordable:
+    """What makes a kernel's call again, as ``program.h`` has it.
+
+    Attributes:
+        packed: Address of what takes its arguments as data.
+        reads: Of what tells the memory that it reads from these, 0 where that is not worth telling.
+    """
+
+    packed: int
+    reads: int
+
+
 class Recording(Protocol):
     """What keeps the C calls of a step while it is recorded; see ``program.py``."""
 
-    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> Sequence[Any]:
+    def note(
+        self, name: str, function: Kernel, recordable: Recordable, args: Sequence[Any]
+    ) -> Sequence[Any]:
         """Keep one call; what it is made with now."""
         ...
 
@@ -63,7 +79,7 @@ class Library:
         """Load it; raises OSError where that fails."""
         self._functions = ctypes.CDLL(str(path))
         self.recorder: Recording | None = None
-        self.run_calls = self.function("run_calls", (POINTER, INT, POINTER), ctypes.c_char_p)
+        self.run_calls = self.function("run_calls", (POINTER, INT, POINTER, INT), ctypes.c_char_p)
 
     def function(self, name: str, arguments: Sequence[Any], result: Any) -> Callable[..., Any]:
         """A C function that is not a kernel."""
@@ -74,14 +90,19 @@ class Library:
     def kernel(self, name: str, arguments: Sequence[Any], label: str = "") -> Kernel:
         """A kernel, whose calls can be recorded, under the label."""
         function: Kernel = self.function(name, arguments, ctypes.c_char_p)
-        packed = ctypes.cast(self._functions[f"{name}_packed"], POINTER).value or 0
+        recordable = Recordable(self._address(f"{name}_packed"), self._address(f"{name}_reads"))
 
         def call(*args: Any) -> bytes | None:
             if self.recorder is None:
                 return function(*args)
-            return function(*self.recorder.note(label or name, function, packed, args))
+            return function(*self.recorder.note(label or name, function, recordable, args))
 
         return call
+
+    def _address(self, name: str) -> int:
+        """Where a function is, 0 if there is none of that name."""
+        function = getattr(self._functions, name, None)
+        return 0 if function is None else ctypes.cast(function, POINTER).value or 0
 
 
 class Kernels:

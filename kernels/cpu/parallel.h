@@ -7,15 +7,18 @@
 #include <cstdint>
 #include <memory>
 
+#include "team.h"
+
 extern "C" int omp_get_thread_num();
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-// Runs worker() once on each of `threads` threads and waits for all.
+// Runs worker() on up to `threads` threads, once on each, and waits for those that have begun.
 template <class Worker>
 void run_parallel(int64_t threads, Worker worker) {
     if (threads <= 1) return worker();
-    GOMP_parallel([](void* data) { (*static_cast<Worker*>(data))(); }, &worker,
-                  static_cast<unsigned>(threads), 0);
+    const Team::Body body = [](void* data) { (*static_cast<Worker*>(data))(); };
+    if (Team::own) Team::own->run(threads, body, &worker);
+    else GOMP_parallel(body, &worker, static_cast<unsigned>(threads), 0);
 }
 
 // Tasks that threads share. Each begins with a range of its own, the same in every call of that many

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..memory import reserve
-from .library import FLOAT, POINTER, ROWS, Kernel, Library, raise_if
+from .library import FLOAT, POINTER, ROWS, Kernel, Library, Recordable, raise_if
 
 _ALIGNMENT = 64
 """Bytes; of a cache line."""
@@ -51,7 +51,7 @@ class NotRecordable(RuntimeError):
 
 
 class _Call(ctypes.Structure):
-    _fields_ = (("function", POINTER), ("values", POINTER))
+    _fields_ = (("function", POINTER), ("values", POINTER), ("reads", POINTER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ class _Calls:
     def run(self, library: Library, report: Report | None) -> None:
         count = len(self.names)
         seconds = None if report is None else (ctypes.c_double * count)()
-        raise_if(library.run_calls(self.calls, count, seconds), "a recorded step")
+        error = library.run_calls(self.calls, count, seconds, torch.get_num_threads())
+        raise_if(error, "a recorded step")
         if report is not None and seconds is not None:
             for name, spent in zip(self.names, seconds, strict=True):
                 report(name, spent)
@@ -210,8 +211,10 @@ class Recorder(TorchDispatchMode):
         self._library.recorder = None
         self._end_calls()
 
-    def note(self, name: str, function: Kernel, packed: int, args: Sequence[Any]) -> Sequence[Any]:
-        """Keep a C call; ``packed`` is the address of what takes its arguments as data.
+    def note(
+        self, name: str, function: Kernel, recordable: Recordable, args: Sequence[Any]
+    ) -> Sequence[Any]:
+        """Keep a C call.
 
         Returns:
             The arguments, of a padded step with its number of rows.
@@ -221,7 +224,7 @@ class Recorder(TorchDispatchMode):
         """
         types: Sequence[Any] = function.argtypes  # type: ignore[attr-defined]  # ctypes' own
         made_with = list(args)
-        self._calls.append((name, packed, len(self._values)))
+        self._calls.append((name, recordable, len(self._values)))
         for index, (kind, arg) in enumerate(zip(types, args, strict=True)):
             if kind is ROWS and self._padded is not None:
                 if arg != self._padded.laid_out:
@@ -260,7 +263,7 @@ class Recorder(TorchDispatchMode):
         return placed
 
     def _begin_calls(self) -> None:
-        self._calls: list[tuple[str, int, int]] = []
+        self._calls: list[tuple[str, Recordable, int]] = []
         """Name, address and place of the first argument of each."""
         self._values: list[int] = []
         self._rows_at: list[int] = []
@@ -271,7 +274,10 @@ class Recorder(TorchDispatchMode):
             values = np.array(self._values, dtype=np.int64)
             first = values.ctypes.data
             calls = (_Call * len(self._calls))(
-                *(_Call(packed, first + values.itemsize * at) for _, packed, at in self._calls)
+                *(
+                    _Call(made.packed, first + values.itemsize * at, made.reads)
+                    for _, made, at in self._calls
+                )
             )
             names = [name for name, _, _ in self._calls]
             rows_at = np.array(self._rows_at, dtype=np.int64)

@@ -198,3 +198,9 @@ extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_plane, 
 #endif
 }
 EXPORT_PACKED(linear_bfloat16)
+
+extern "C" Reads linear_bfloat16_reads(const Value* values) {
+    const Shape shape{values[5].integer, values[6].integer};
+    return {reinterpret_cast<const char*>(values[7].integer),
+            shape.out_tiles() * shape.in_tiles() * TILE * static_cast<int64_t>(sizeof(bfloat16))};
+}

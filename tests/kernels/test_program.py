@@ -1,6 +1,8 @@
 """Recorded steps: what they compute again, on what lies in the places of their inputs by then."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -56,6 +58,52 @@ def test_a_recorded_step_computes_what_the_step_does(
         expected = compute()
         assert same_bits(replay(), expected)
         assert not torch.equal(expected, first)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7], indirect=True)
+def test_threads_that_come_late_or_not_at_all_change_nothing(
+    compiled: Backend, programs: Programs, threads: int, dtype: torch.dtype
+) -> None:
+    """More threads than cores, beside busy ones: the system keeps some of a team from running."""
+    generator = torch.Generator().manual_seed(0)
+    rows, hidden, inner = 37, 160, 480
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    up = compiled.prepare_linear(drawn(2 * inner, hidden), None)
+    down = compiled.prepare_linear(drawn(hidden, inner), None)
+    x = drawn(rows, hidden)
+    norm = torch.ones(hidden, dtype=dtype)
+
+    def compute() -> Tensor:
+        residual = x + 0
+        y = x
+        for _ in range(12):
+            normed = compiled.add_rms_norm(y, residual, norm, 1e-5)
+            y = down(compiled.silu_mul(up(normed)))
+        return y
+
+    torch.set_num_threads(1)
+    alone = compute()
+    torch.set_num_threads(threads)
+    replay = programs.capture(compute)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for _ in range(20):
+            assert same_bits(replay(), alone)
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
 
 
 @pytest.mark.parametrize("inference", [False, True])
