@@ -26,6 +26,9 @@ from .input_transform import reference as input_transform_reference
 from .input_transform.compiled import CompiledInputTransform
 from .input_transform.op import TransformInputs
 from .kronecker import reference as kronecker_reference
+from .largest import reference as largest_reference
+from .largest.compiled import CompiledLargest
+from .largest.op import Largest
 from .linear import reference as linear_reference
 from .linear.compiled import CompiledLinear
 from .linear.op import PrepareLinear
@@ -97,6 +100,7 @@ class Backend:
     rotary: Rotary
     silu_mul: SiluMul
     gather_rows: GatherRows
+    largest: Largest
     pads_decode: bool = False
     programs: Programs | None = None
     leaves_out_rows: bool = False
@@ -115,6 +119,7 @@ def reference_backend() -> Backend:
         rotary=rotary_reference.rotary,
         silu_mul=silu_mul_reference.silu_mul,
         gather_rows=gather_reference.gather_rows,
+        largest=largest_reference.largest,
     )
 
 
@@ -144,6 +149,7 @@ def compiled_backend(cache_dir: Path | None = None) -> Backend:
         rotary=CompiledRotary(library).rotary,
         silu_mul=CompiledSiluMul(library).silu_mul,
         gather_rows=CompiledGather(library).gather_rows,
+        largest=CompiledLargest(library).largest,
         programs=Programs(library),
         leaves_out_rows=linear.has_matrix_unit,
     )

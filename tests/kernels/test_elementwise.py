@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm, rotary and silu_mul against their formulas, on strided and odd shapes."""
+"""rms_norm, rotary, silu_mul and others against their formulas, on strided and odd shapes."""
 
 from collections.abc import Iterator
 
@@ -139,6 +139,56 @@ def test_rows_that_are_not_there_are_refused(
         compiled.gather_rows(torch.ones(41, 3), torch.tensor([0], dtype=torch.int32))
     with pytest.raises(ValueError, match="a table must be a contiguous"):
         compiled.gather_rows(torch.ones(3, 41).T, torch.tensor([0]))
+
+
+def awkward_rows(kind: str, rows: int, size: int) -> Tensor:
+    """Rows with ties, with NaN, with infinities, or that rise from number to number."""
+    rng = torch.Generator().manual_seed(size)
+    x = torch.randn(rows, size, generator=rng)
+    places = torch.randint(size, (rows, 3), generator=rng)
+    match kind:
+        case "ties":
+            return (x * 2).round()
+        case "zeros":
+            return torch.where(x > 0, 0.0, -0.0)
+        case "nan":
+            return x.scatter(1, places, NAN).scatter(1, places[:, :1], float("inf"))
+        case "infinite":
+            return x.scatter(1, places, float("inf"))
+        case "masked":
+            return torch.full_like(x, -float("inf"))
+    return x.sort(-1).values
+
+
+@pytest.mark.parametrize("kind", ["ties", "zeros", "nan", "infinite", "masked", "rising"])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17])
+@pytest.mark.parametrize("size", [1, 5, 127, 129, 5003, 40_001])
+def test_the_largest_is_torchs(
+    compiled: Backend, reference: Backend, kind: str, rows: int, size: int
+) -> None:
+    wide = torch.full((rows, size + 2), NAN)
+    x = wide[:, 1:-1].copy_(awkward_rows(kind, rows, size))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for backend in (compiled, reference):
+            values, indices = backend.largest(x)
+            expected = x.max(-1)
+            assert same_bits(values, expected.values)
+            assert torch.equal(indices, expected.indices)
+    torch.set_num_threads(before)
+    for row, index in zip(x, indices.tolist(), strict=True):
+        rank = row.nan_to_num(nan=NAN, posinf=1e38).nan_to_num(nan=float("inf"))
+        assert index == (rank == rank.max()).nonzero()[0], "the first one"
+
+
+def test_there_is_no_largest_of_nothing(compiled: Backend, reference: Backend) -> None:
+    for backend in (compiled, reference):
+        with pytest.raises(IndexError):
+            backend.largest(torch.ones(2, 0))
+    for wrong in (torch.ones(2, 3).double(), torch.ones(3, 2).T):
+        with pytest.raises(ValueError, match="expected float32"):
+            compiled.largest(wrong)
 
 
 def test_float16(interpreted: Backend, reference: Backend) -> None:
