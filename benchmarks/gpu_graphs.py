@@ -148,6 +148,7 @@ class Model:
             self.base.decoder.new_kv_cache(num_blocks, _BLOCK),
             self.pool,
             self.backend.deltas,
+            self.backend.largest,
             self.placements.__getitem__,
             by_id.__getitem__,
             make_stage(self.pool.device, _STAGE_BYTES),

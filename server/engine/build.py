@@ -131,6 +131,7 @@ def build_parts(
         kv_cache,
         pool,
         backend.deltas,
+        backend.largest,
         residency.place,
         host.lowered,
         make_stage(device, _stage_bytes(limits, config.block_size)),

@@ -18,6 +18,7 @@ from ...adapters.device.pool import AdapterPool
 from ...adapters.primitives.lowered import LoweredAdapter
 from ...kernels.backend import DeltaOps
 from ...kernels.cpu.program import Padded
+from ...kernels.largest.op import Largest
 from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
@@ -81,6 +82,7 @@ class Runner:
         kv_cache: KVCache,
         pool: AdapterPool,
         ops: DeltaOps,
+        largest: Largest,
         find_adapter: FindAdapter,
         lowered: Callable[[int], LoweredAdapter],
         stage: Stage,
@@ -95,6 +97,7 @@ class Runner:
             kv_cache: Its cache.
             pool: The adapters on the device.
             ops: How they are computed.
+            largest: The device's operation.
             find_adapter: Where the adapter of an id is in the pool.
             lowered: The adapter of an id in host memory, for its prefix.
             stage: The way to the device.
@@ -107,6 +110,7 @@ class Runner:
         self._pool = pool
         self._layouts = LatestLayout(pool)
         self._ops = ops
+        self._largest = largest
         self._find_adapter = find_adapter
         self._lowered = lowered
         self._stage = stage
@@ -159,7 +163,7 @@ class Runner:
         """Launch the choice of tokens; nothing here waits for the device either."""
         if outputs.logits is None:
             return None
-        return start_sampling(outputs.logits, inputs.sampling, self._stage)
+        return start_sampling(outputs.logits, inputs.sampling, self._stage, self._largest)
 
     def collect(
         self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs, sampled: Sampled | None

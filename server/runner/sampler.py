@@ -13,11 +13,14 @@ nucleus is larger than the tokens that are looked at first is drawn once more af
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.largest.op import Largest
+from ...kernels.largest.reference import largest as reference_largest
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
 from .filters import filtered, invert, place_filters, uniforms
@@ -32,8 +35,7 @@ _GREEDY_BELOW = 1e-5
 """Temperatures up to this are greedy, as in vLLM: dividing by them would overflow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What was chosen for a row: a token, or the reason there can be none."""
 
     token_id: int | None
@@ -46,14 +48,17 @@ class Drawn:
     """Tokens on the device.
 
     Attributes:
-        token_ids: (rows,) int64; 0 where a row is not usable.
-        usable: (rows,) bool: the logits are finite, or some of them and the others masked.
-        unsure: (rows,) bool: the row must be drawn again from its whole vocabulary.
+        token_ids: (rows,) int64; of no meaning where a row is not usable.
+        largest: (rows,) float32, the largest logit of each row. It is finite where the row is
+            usable: where its logits are finite, or some of them and the others masked.
+        random: The n rows that were drawn at random.
+        unsure: (n,) bool: the row must be drawn again from its whole vocabulary; None where n is 0.
     """
 
     token_ids: Tensor
-    usable: Tensor
-    unsure: Tensor
+    largest: Tensor
+    random: Seq[int]
+    unsure: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,54 +67,67 @@ class Sampled:
 
     Attributes:
         edited: (rows, vocab) float32, the logits that were drawn from.
-        raw: (n, vocab), the logits as they were, of the rows that report log-probabilities.
-        reporting: Those rows.
+        random: The rows that were drawn at random.
+        reporting: The n rows that report log-probabilities.
+        raw: (n, vocab), the logits of these as they were.
         packed: (numbers,) int32, what was drawn and what is reported of it, as one tensor.
     """
 
     edited: Tensor
-    raw: Tensor
+    random: Seq[int]
     reporting: Seq[int]
+    raw: Tensor
     packed: Tensor
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = None) -> list[Choice]:
+def sample(
+    logits: Tensor,
+    sequences: Seq[Sequence],
+    stage: Stage | None = None,
+    largest: Largest = reference_largest,
+) -> list[Choice]:
     """One token per row.
 
     Args:
         logits: (rows, vocab) float32; changed in place.
         sequences: The sequence of each row.
         stage: Brings parameters to the device; none is needed where that is the host's memory.
+        largest: The device's operation.
 
     Returns:
         A choice per row; a row whose logits hold NaN or +inf has an error instead of a token.
     """
     way = HostStage() if stage is None else stage
-    return read_choices(start_sampling(logits, sequences, way), sequences, way)
+    return read_choices(start_sampling(logits, sequences, way, largest), sequences, way)
 
 
-def start_sampling(logits: Tensor, sequences: Seq[Sequence], stage: Stage) -> Sampled:
+def start_sampling(
+    logits: Tensor, sequences: Seq[Sequence], stage: Stage, largest: Largest
+) -> Sampled:
     """Draw on the device: nothing here waits for it."""
     reporting = [row for row, each in enumerate(sequences) if each.sampling.logprobs is not None]
-    rows = stage.place(np.array(reporting, dtype=np.int64))
-    stage.flush()
-    raw = logits[rows]
+    raw = _rows(logits, reporting, stage)
     edit_logits(logits, sequences, stage)
-    drawn = _draw(logits, sequences, stage, _NUCLEUS_HEAD)
-    packed = [each.int() for each in (drawn.token_ids, drawn.usable, drawn.unsure)]
+    drawn = _draw(logits, sequences, stage, largest)
+    packed = [drawn.token_ids.view(torch.int32), drawn.largest.view(torch.int32)]
+    if drawn.unsure is not None:
+        packed.append(drawn.unsure.int())
     if reporting:
         num_top = _most_asked(reporting, sequences)
-        packed.append(pack_report(logprobs_of(raw, drawn.token_ids[rows], num_top)))
-    return Sampled(logits, raw, reporting, torch.cat(packed))
+        chosen = _rows(drawn.token_ids, reporting, stage)
+        packed.append(pack_report(logprobs_of(raw, chosen, num_top)))
+    return Sampled(logits, drawn.random, reporting, raw, torch.cat(packed))
 
 
 def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> list[Choice]:
     """Wait for the device and take the choices from it: the one copy of a step."""
-    num_rows, reporting = len(sequences), sampled.reporting
+    num_rows, reporting, random = len(sequences), sampled.reporting, sampled.random
     numbers = sampled.packed.cpu().numpy()
-    token_ids, usable, unsure = (each.tolist() for each in np.split(numbers[: 3 * num_rows], 3))
-    reports = unpack_report(numbers[3 * num_rows :], len(reporting))
-    again = [row for row in range(num_rows) if unsure[row] and usable[row]]
+    token_ids = numbers[: 2 * num_rows].view(np.int64).tolist()
+    usable = np.isfinite(numbers[2 * num_rows : 3 * num_rows].view(np.float32)).tolist()
+    drawn, reported = np.split(numbers[3 * num_rows :], [len(random)])
+    reports = unpack_report(reported, len(reporting))
+    again = [row for row, unsure in zip(random, drawn, strict=True) if unsure and usable[row]]
     if again:
         _draw_again(again, sampled, sequences, stage, token_ids, reports)
     by_row = dict(zip(reporting, reports, strict=True))
@@ -119,6 +137,15 @@ def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> li
         else Choice(None, error=_why_unusable(sequence))
         for row, sequence in enumerate(sequences)
     ]
+
+
+def _rows(tensor: Tensor, rows: Seq[int], stage: Stage) -> Tensor:
+    """A copy of these."""
+    if not rows:
+        return tensor[:0]
+    index = stage.place(np.array(rows, dtype=np.int64))
+    stage.flush()
+    return tensor[index]
 
 
 def _why_unusable(sequence: Sequence) -> str:
@@ -147,29 +174,29 @@ def _draw_again(
     reports: list[TokenLogprobs],
 ) -> None:
     """Replace the tokens of these rows by draws from their whole vocabulary, and their reports."""
-    index = stage.place(np.array(rows, dtype=np.int64))
-    stage.flush()
-    edited = sampled.edited[index]
-    drawn = _draw(edited, [sequences[row] for row in rows], stage, edited.shape[1])
-    for row, token_id in zip(rows, drawn.token_ids.tolist(), strict=True):
+    edited = _rows(sampled.edited, rows, stage)
+    parents = [sequences[row] for row in rows]
+    drawn, _ = _draw_at_random(edited, parents, stage, edited.shape[1])
+    for row, token_id in zip(rows, drawn.tolist(), strict=True):
         token_ids[row] = token_id
     places = [place for place, row in enumerate(sampled.reporting) if row in set(rows)]
     chosen = [token_ids[sampled.reporting[place]] for place in places]
     num_top = _most_asked(sampled.reporting, sequences)
-    placed = stage.place(np.array(places, dtype=np.int64))
-    stage.flush()
-    raw = sampled.raw[placed]
+    raw = _rows(sampled.raw, places, stage)
     for place, report in zip(places, report_logprobs(raw, chosen, num_top, stage), strict=True):
         reports[place] = report
 
 
 def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = None) -> None:
     """Apply logit bias, penalties and masks to (rows, vocab) in place."""
+    edited = [(row, each) for row, each in enumerate(sequences) if _is_edited(each)]
+    if not edited:
+        return
     way = HostStage() if stage is None else stage
     vocab, flat = logits.shape[1], logits.view(-1)
     biases = {
         row * vocab + token_id: bias
-        for row, sequence in enumerate(sequences)
+        for row, sequence in edited
         for token_id, bias in sequence.sampling.logit_bias.items()
     }
     if biases:
@@ -177,13 +204,13 @@ def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = 
         values = way.place(np.array(list(biases.values()), dtype=np.float32))
         way.flush()
         flat.index_add_(0, index, values)
-    for row, sequence in enumerate(sequences):
+    for row, sequence in edited:
         if _has_penalties(sequence.sampling):
             _penalize(logits[row], sequence, way)
     exclude_tokens(logits, sequences, way)
     masked = [
         row * vocab + token_id
-        for row, sequence in enumerate(sequences)
+        for row, sequence in edited
         if _is_too_early(sequence)
         for token_id in (*sequence.sampling.end_token_ids, *sequence.sampling.stop_token_ids)
     ]
@@ -191,6 +218,16 @@ def edit_logits(logits: Tensor, sequences: Seq[Sequence], stage: Stage | None = 
         index = way.place(np.array(masked, dtype=np.int64))
         way.flush()
         flat.index_fill_(0, index, float("-inf"))
+
+
+def _is_edited(sequence: Sequence) -> bool:
+    params = sequence.sampling
+    return (
+        sequence.matcher is not None
+        or params.min_tokens > 0
+        or bool(params.logit_bias)
+        or _has_penalties(params)
+    )
 
 
 def _is_too_early(sequence: Sequence) -> bool:
@@ -224,27 +261,34 @@ def _penalize(row: Tensor, sequence: Sequence, stage: Stage) -> None:
         row -= params.presence_penalty * times.clamp(max=1) + params.frequency_penalty * times
 
 
-def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, nucleus_head: int) -> Drawn:
+def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, largest: Largest) -> Drawn:
     """A token of each row: the largest logit, or at random."""
     # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
-    largest, token_ids = logits.max(-1)
-    usable = largest.isfinite()
-    unsure = torch.zeros_like(usable)
+    values, token_ids = largest(logits)
     random = [row for row, each in enumerate(sequences) if _is_random(each.sampling)]
-    if random:
-        rows = stage.place(np.array(random, dtype=np.int64))
-        params = [sequences[row].sampling for row in random]
-        indices = [sequences[row].num_output_tokens for row in random]
-        numbers = stage.place(uniforms([each.seed for each in params], indices))
-        temperature = stage.place(np.array([each.temperature for each in params], np.float32))
-        filters = place_filters(params, logits.shape[1], stage)
-        stage.flush()
-        # What is drawn for a row that is not usable is not read, but must be a token.
-        chosen = torch.where(usable[rows, None], logits[rows], 0.0)
-        probs, short = filtered((chosen / temperature[:, None]).softmax(-1), filters, nucleus_head)
-        token_ids[rows] = invert(probs, numbers)
-        unsure[rows] = short
-    return Drawn(torch.where(usable, token_ids, 0), usable, unsure)
+    if not random:
+        return Drawn(token_ids, values, random, None)
+    rows = stage.place(np.array(random, dtype=np.int64))
+    stage.flush()
+    # What is drawn for a row that is not usable is not read, but must be a token.
+    chosen = torch.where(values[rows, None].isfinite(), logits[rows], 0.0)
+    drawing = [sequences[row] for row in random]
+    token_ids[rows], unsure = _draw_at_random(chosen, drawing, stage, _NUCLEUS_HEAD)
+    return Drawn(token_ids, values, random, unsure)
+
+
+def _draw_at_random(
+    logits: Tensor, sequences: Seq[Sequence], stage: Stage, nucleus_head: int
+) -> tuple[Tensor, Tensor]:
+    """A token of each row, and whether it must be drawn again: its nucleus is larger."""
+    params = [each.sampling for each in sequences]
+    indices = [each.num_output_tokens for each in sequences]
+    numbers = stage.place(uniforms([each.seed for each in params], indices))
+    temperature = stage.place(np.array([each.temperature for each in params], np.float32))
+    filters = place_filters(params, logits.shape[1], stage)
+    stage.flush()
+    probs, unsure = filtered((logits / temperature[:, None]).softmax(-1), filters, nucleus_head)
+    return invert(probs, numbers), unsure
 
 
 def _is_random(params: SamplingParams) -> bool:

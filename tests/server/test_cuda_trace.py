@@ -226,6 +226,7 @@ def make_traced(model: Path, lowered: dict[str, LoweredAdapter], mode: FakeTenso
         base.decoder.new_kv_cache(BLOCKS, BLOCK),
         pool,
         backend.deltas,
+        backend.largest,
         placements.__getitem__,
         {ids[name]: adapter for name, adapter in lowered.items()}.__getitem__,
         stage,
