@@ -1,9 +1,10 @@
 """A step's plan as the index tensors that the model and the sampler read."""
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -20,9 +21,6 @@ from ..scheduler.sequence import Prefix
 
 FindAdapter = Callable[[int], Placement]
 """Where the adapter of an id is on the device."""
-
-_Ints = npt.NDArray[np.int64]
-
 
 # Plain tuples: a step makes one for every sequence, and a named one takes three times as long.
 Correction = tuple[int, float, int, int]
@@ -132,40 +130,48 @@ def build_batch(
             behind the others. It is a sequence of its own in decode steps, and of none in others.
     """
     corrections, scheduled = _ordered(plan, find_adapter)
-    starts = [each.start for each in scheduled]
-    ends = [each.end for each in scheduled]
-    rows = _Rows.of(starts, ends)
-    first_rows = rows.bounds.tolist()[:-1]
+    bounds = list(accumulate((each.num_tokens for each in scheduled), initial=0))
     prefixes = _Prefixes.of(scheduled, block_size)
-    tokens = chain.from_iterable(
-        each.sequence.token_ids[start:end]
-        for each, start, end in zip(scheduled, starts, ends, strict=True)
+    passes = passes_of(
+        (each, item.start, item.end, first_row)
+        for each, item, first_row in zip(corrections, scheduled, bounds, strict=False)
     )
     sampling = [index for index, each in enumerate(scheduled) if each.samples]
-    passes = passes_of(zip(corrections, starts, ends, first_rows, strict=True))
-    padding = _padding(scheduled, prefixes, passes, len(rows.indices), buckets)
-    laid_out = len(rows.indices) if padding is None else padding.rows
-    token_ids = np.fromiter(tokens, np.int64, len(rows.indices))
-    positions = rows.indices + prefixes.offsets[rows.sequence]
+    padding = _padding(bounds, len(sampling), passes, prefixes, buckets)
+    laid_out = bounds[-1] if padding is None else padding.rows
+    missing = laid_out - bounds[-1]
+    tokens = (each.sequence.token_ids[each.start : each.end] for each in scheduled)
+    positions = (
+        range(each.start + offset, each.end + offset)
+        for each, offset in zip(scheduled, prefixes.offsets, strict=True)
+    )
     return StepBatch(
         scheduled=scheduled,
         corrections=corrections,
-        first_rows=first_rows,
-        token_ids=place(lengthened(token_ids, laid_out)),
-        positions=place(lengthened(positions, laid_out)),
-        paged=_paged(scheduled, prefixes, rows, num_layers, block_size, place, padding),
+        first_rows=bounds[:-1],
+        token_ids=place(_joined(tokens, laid_out, missing)),
+        positions=place(_joined(positions, laid_out, missing)),
+        paged=_paged(scheduled, prefixes, bounds, num_layers, block_size, place, padding),
         passes=passes,
-        sample_rows=_sample_rows(rows.bounds[1:][sampling] - 1, place, padding),
-        num_rows=len(rows.indices),
+        sample_rows=_sample_rows([bounds[index + 1] - 1 for index in sampling], place, padding),
+        num_rows=bounds[-1],
         padding=padding,
     )
 
 
+def _joined(
+    pieces: Iterable[Iterable[int]], length: int, missing: int, fill: int = 0
+) -> npt.NDArray[np.int64]:
+    """The numbers of all pieces, and the ``missing`` ones behind them, of ``length`` in all."""
+    numbers = chain(chain.from_iterable(pieces), repeat(fill, missing))
+    return np.fromiter(numbers, np.int64, length)
+
+
 def _padding(
-    scheduled: Sequence[ScheduledSequence],
-    prefixes: "_Prefixes",
+    bounds: Sequence[int],
+    num_sampling: int,
     passes: Passes,
-    num_rows: int,
+    prefixes: "_Prefixes",
     buckets: Buckets,
 ) -> Padding | None:
     """The least that holds the step, if it is one that is captured.
@@ -174,27 +180,29 @@ def _padding(
     """
     if len(passes) > 1 or not prefixes.in_all_layers:
         return None
-    if all(each.num_tokens == 1 and each.samples for each in scheduled):
-        decode = _least(len(scheduled), buckets.decode)
+    num_sequences, num_rows = len(bounds) - 1, bounds[-1]
+    if num_sampling == num_rows:  # each of which is then a sequence
+        decode = _least(num_sequences, buckets.decode)
         return None if decode is None else Padding(decode, decode, decodes=True)
     prompt = _least(num_rows, buckets.prompts)
-    sequences = _least(len(scheduled), buckets.decode[-1:])
+    sequences = _least(num_sequences, buckets.decode[-1:])
     if prompt is None or sequences is None:
         return None
     return Padding(prompt, sequences, decodes=False)
 
 
 def _least(number: int, buckets: Sequence[int]) -> int | None:
-    return next((bucket for bucket in buckets if bucket >= number), None)
+    index = bisect_left(buckets, number)
+    return buckets[index] if index < len(buckets) else None
 
 
-def _sample_rows(sampling: _Ints, place: Place, padding: Padding | None) -> Tensor:
+def _sample_rows(rows: Sequence[int], place: Place, padding: Padding | None) -> Tensor:
     """Of a padded step, what is placed for it must not depend on how many they are."""
     if padding is None:
-        return place(sampling)
+        return place(np.array(rows, dtype=np.int64))
     if padding.decodes:
-        return place(sampling[:0])
-    return place(lengthened(sampling, padding.sequences))[: len(sampling)]
+        return place(np.empty(0, dtype=np.int64))
+    return place(lengthened(np.array(rows, dtype=np.int64), padding.sequences))[: len(rows)]
 
 
 def passes_of(spans: Iterable[RowSpan]) -> Passes:
@@ -213,45 +221,20 @@ def passes_of(spans: Iterable[RowSpan]) -> Passes:
     return passes
 
 
-class _Rows(NamedTuple):
-    """The rows of the scheduled sequences, one behind the other.
-
-    Attributes:
-        ends: (sequences,), tokens of each that are computed afterwards.
-        bounds: (sequences + 1,), the first row of each and the number of rows.
-        sequence: (rows,), which sequence a row is of.
-        indices: (rows,), which of its tokens the row holds.
-    """
-
-    ends: _Ints
-    bounds: _Ints
-    sequence: _Ints
-    indices: _Ints
-
-    @classmethod
-    def of(cls, starts: Sequence[int], ends: Sequence[int]) -> "_Rows":
-        first, last = np.array(starts), np.array(ends)
-        bounds = np.zeros(len(starts) + 1, dtype=np.int64)
-        np.cumsum(last - first, out=bounds[1:])
-        sequence = np.repeat(np.arange(len(starts)), last - first)
-        indices = np.arange(bounds[-1]) + (first - bounds[:-1])[sequence]
-        return cls(last, bounds, sequence, indices)
-
-
 class _Prefixes(NamedTuple):
     """What stands before the scheduled sequences; few have a prefix.
 
     Attributes:
         by_sequence: The prefix of those that have one.
-        offsets: (sequences,), added to the position of each token.
-        starts: (sequences,), the first key: those before it in the prefix's first block are empty.
-        before: (sequences,), the key that the sequence's first token is.
+        offsets: Of each sequence, what is added to the position of each token.
+        starts: The first key of each: those before it in the prefix's first block are empty.
+        before: The key that the first token of each is.
     """
 
     by_sequence: Mapping[int, Prefix]
-    offsets: _Ints
-    starts: _Ints
-    before: _Ints
+    offsets: Sequence[int]
+    starts: Sequence[int]
+    before: Sequence[int]
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledSequence], block_size: int) -> "_Prefixes":
@@ -260,7 +243,7 @@ class _Prefixes(NamedTuple):
             for index, each in enumerate(scheduled)
             if (prefix := each.sequence.adapters.prefix) is not None
         }
-        offsets, starts, before = np.zeros((3, len(scheduled)), dtype=np.int64)
+        offsets, starts, before = ([0] * len(scheduled) for _ in range(3))
         for index, prefix in by_sequence.items():
             offsets[index] = prefix.position_offset
             before[index] = len(scheduled[index].sequence.prefix_blocks) * block_size
@@ -298,7 +281,7 @@ def _corrections(scheduled: ScheduledSequence, find_adapter: FindAdapter) -> Seq
 def _paged(
     scheduled: Sequence[ScheduledSequence],
     prefixes: _Prefixes,
-    rows: _Rows,
+    bounds: Sequence[int],
     num_layers: int,
     block_size: int,
     place: Place,
@@ -309,51 +292,60 @@ def _paged(
     tables = [each.sequence.block_table for each in scheduled]
     for index in prefixes.by_sequence:
         tables[index] = [*scheduled[index].sequence.prefix_blocks, *tables[index]]
-    context_lens = prefixes.before + rows.ends
-    padded = _padded(tables, -(-context_lens // block_size))
-    keys = rows.indices + prefixes.before[rows.sequence]
-    blocks = padded[rows.sequence, keys // block_size].astype(np.int64)
-    slots = blocks * block_size + keys % block_size
-    sequences, laid_out, each = len(scheduled), len(slots), 0
+    spans = [
+        (before + each.start, before + each.end)
+        for before, each in zip(prefixes.before, scheduled, strict=True)
+    ]
+    slots = chain.from_iterable(
+        _slots(table, first, end, block_size)
+        for table, (first, end) in zip(tables, spans, strict=True)
+    )
+    used = [-(-end // block_size) for _, end in spans]
+    sequences, laid_out, rows_each, columns = len(scheduled), bounds[-1], 0, max(used)
     if padding is not None:
-        sequences, laid_out, each = padding.sequences, padding.rows, int(padding.decodes)
-        padded = _widened(padded, sequences)
+        sequences, laid_out, rows_each = padding.sequences, padding.rows, int(padding.decodes)
+        columns = 1 << (columns - 1).bit_length()  # few shapes
     missing = sequences - len(scheduled)
-    bounds = np.append(rows.bounds, rows.bounds[-1] + each * np.arange(1, missing + 1))
+    behind = [bounds[-1] + rows_each * number for number in range(1, missing + 1)]
+    nothing = [0] * missing
     batch = PagedBatch(
-        cu_seqlens_q=place(bounds.astype(np.int32)),
-        context_starts=place(lengthened(prefixes.starts, sequences).astype(np.int32)),
-        context_lens=place(lengthened(context_lens, sequences).astype(np.int32)),
-        block_tables=place(padded),
-        slot_mapping=place(lengthened(slots, laid_out, fill=-1)),
-        max_seqlen_q=int(np.diff(rows.bounds).max()),
-        max_context_len=padded.shape[1] * block_size,
+        cu_seqlens_q=place(np.array([*bounds, *behind], dtype=np.int32)),
+        context_starts=place(np.array([*prefixes.starts, *nothing], dtype=np.int32)),
+        context_lens=place(np.array([*(end for _, end in spans), *nothing], dtype=np.int32)),
+        block_tables=place(_padded(tables, used, sequences, columns)),
+        slot_mapping=place(_joined(slots, laid_out, laid_out - bounds[-1], fill=-1)),
+        max_seqlen_q=max(each.num_tokens for each in scheduled),
+        max_context_len=columns * block_size,
     )
     if prefixes.in_all_layers:
         return [batch] * num_layers
     return [_in_layer(layer, batch, prefixes, place) for layer in range(num_layers)]
 
 
-def _padded(tables: Sequence[Sequence[int]], used: _Ints) -> npt.NDArray[np.int32]:
-    """The first ``used`` blocks of each table as (sequences, most that any uses), zeros behind."""
-    padded = np.zeros((len(tables), used.max()), dtype=np.int32)
-    there = np.arange(padded.shape[1]) < used[:, None]
-    blocks = (table[:number] for table, number in zip(tables, used.tolist(), strict=True))
-    padded[there] = np.fromiter(chain.from_iterable(blocks), np.int32, used.sum())
-    return padded
+def _slots(table: Sequence[int], first: int, end: int, block_size: int) -> Iterator[range]:
+    """Where the keys ``first .. end`` of a sequence lie, block by block."""
+    for index in range(first // block_size, -(-end // block_size)):
+        shift = (table[index] - index) * block_size
+        low, high = index * block_size, (index + 1) * block_size
+        yield range(shift + max(first, low), shift + min(end, high))
 
 
-def _widened(tables: npt.NDArray[np.int32], sequences: int) -> npt.NDArray[np.int32]:
-    """A row for each of so many sequences, and as many columns as the next power of two."""
-    columns = 1 << (tables.shape[1] - 1).bit_length()
-    wide = np.zeros((sequences, columns), dtype=np.int32)
-    wide[: len(tables), : tables.shape[1]] = tables
-    return wide
+def _padded(
+    tables: Sequence[Sequence[int]], used: Sequence[int], sequences: int, columns: int
+) -> npt.NDArray[np.int32]:
+    """The first ``used`` blocks of each table as (sequences, columns), zeros behind."""
+    rows = (
+        chain(table[:number], repeat(0, columns - number))
+        for table, number in zip(tables, used, strict=True)
+    )
+    behind = repeat(0, (sequences - len(tables)) * columns)
+    flat = np.fromiter(chain(chain.from_iterable(rows), behind), np.int32, sequences * columns)
+    return flat.reshape(sequences, columns)
 
 
 def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes, place: Place) -> PagedBatch:
     """The batch where some prefixes are for other layers alone."""
-    starts = prefixes.starts.astype(np.int32)
+    starts = np.array(prefixes.starts, dtype=np.int32)
     for index, prefix in prefixes.by_sequence.items():
         if prefix.layers is not None and layer not in prefix.layers:
             starts[index] = prefixes.before[index]

@@ -48,15 +48,15 @@ class _Shelf:
         self.memory = memory
         self.end = 0
 
-    def lay(self, array: Array) -> slice | None:
-        """Where the array lies now, None where there is no room."""
-        start, num_bytes = self.end, array.nbytes
-        if start + num_bytes > len(self.memory):
+    def lay(self, array: Array) -> Array | None:
+        """The array where it lies now, None where there is no room."""
+        start, end = self.end, self.end + array.nbytes
+        if end > len(self.memory):
             return None
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self.memory[start : start + num_bytes] = flat
-        self.end = start + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        return slice(start, start + num_bytes)
+        laid = self.memory[start:end].view(array.dtype).reshape(array.shape)
+        laid[...] = array
+        self.end = start + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return laid
 
 
 class HostStage:
@@ -80,11 +80,10 @@ class HostStage:
 
     def place(self, array: Array) -> Tensor:
         """Lay the array behind the last one."""
-        part = self._shelf.lay(array)
-        if part is None:
+        laid = self._shelf.lay(array)
+        if laid is None:
             self.overflowed = True
             return torch.from_numpy(array)
-        laid = self._shelf.memory[part].view(array.dtype).reshape(array.shape)
         return torch.from_numpy(laid)
 
     def flush(self) -> None:
@@ -116,12 +115,13 @@ class PinnedStage:
 
     def place(self, array: Array) -> Tensor:
         """Lay the array behind the last one."""
-        part = self._shelf.lay(array)
-        if part is None:
+        start = self._shelf.end
+        laid = self._shelf.lay(array)
+        if laid is None:
             self.overflowed = True
             return send(torch.from_numpy(np.ascontiguousarray(array)), self._twin.device)
-        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        return self._twin[part].view(dtype).view(array.shape)
+        dtype = torch.from_numpy(laid).dtype
+        return self._twin[start : start + laid.nbytes].view(dtype).view(laid.shape)
 
     def flush(self) -> None:
         """One copy on the current stream."""
