@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..cpu.library import INT, POINTER, ROWS, Library, raise_if, require
 
-_ARGUMENTS = (POINTER, POINTER, POINTER, INT, ROWS, INT, INT)
+_ARGUMENTS = (POINTER, POINTER, INT, ROWS, INT, INT)
 
 
 class CompiledLargest:
@@ -18,7 +18,7 @@ class CompiledLargest:
         """Find the kernel in the library."""
         self._kernel = library.kernel("largest", _ARGUMENTS)
 
-    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def largest(self, x: Tensor) -> Tensor:
         """See ``op``.
 
         Raises:
@@ -30,9 +30,8 @@ class CompiledLargest:
             x.dtype is torch.float32 and x.is_cpu and x.stride(1) == 1,
             "largest: expected float32 on the CPU, dense in its rows",
         )
-        values, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        indices = torch.empty(rows, dtype=torch.int32)
         error = self._kernel(
-            values.data_ptr(),
             indices.data_ptr(),
             x.data_ptr(),
             x.stride(0),
@@ -41,4 +40,4 @@ class CompiledLargest:
             torch.get_num_threads(),
         )
         raise_if(error, "largest")
-        return values, indices
+        return indices

@@ -1,4 +1,5 @@
-// largest on the CPU: rows of a whole vocabulary, in parts for threads to share.
+// largest on the CPU: rows of a whole vocabulary, in parts that threads share.
+#include <cmath>
 #include <memory>
 
 #include "../cpu/parallel.h"
@@ -63,9 +64,9 @@ Best largest_of(const float* x, int64_t first, int64_t end) {
 
 }  // namespace
 
-extern "C" const char* largest(float* values, int64_t* indices, const float* x, int64_t row_stride,
-                               int64_t rows, int64_t size, int64_t threads) {
-    if (size < 1) return "there is no largest of no numbers";
+extern "C" const char* largest(int32_t* indices, const float* x, int64_t row_stride, int64_t rows,
+                               int64_t size, int64_t threads) {
+    if (size < 1 || size > INT32_MAX) return "rows of no numbers, or of too many to count";
     const int64_t parts = div_up(size, PART);
     const std::unique_ptr<Best[]> found(new Best[rows * parts]);
     for_each_task(rows * parts, rows * size < SERIAL_NUMBERS ? 1 : threads, [&](int64_t task) {
@@ -76,8 +77,7 @@ extern "C" const char* largest(float* values, int64_t* indices, const float* x, 
         Best best = found[row * parts];
         for (int64_t part = 1; part < parts; ++part)
             best.meet(found[row * parts + part].value, found[row * parts + part].index);
-        values[row] = best.value;
-        indices[row] = best.index;
+        indices[row] = std::isfinite(best.value) ? static_cast<int32_t>(best.index) : -1;
     }
     return nullptr;
 }

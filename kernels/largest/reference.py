@@ -1,9 +1,10 @@
 """The formula of ``op`` in plain torch."""
 
+import torch
 from torch import Tensor
 
 
-def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row and its first index."""
+def largest(x: Tensor) -> Tensor:
+    """The first index of the largest number of each row, -1 where that is not finite."""
     values, indices = x.max(-1)
-    return values, indices
+    return torch.where(values.isfinite(), indices, -1).int()

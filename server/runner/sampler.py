@@ -48,15 +48,13 @@ class Drawn:
     """Tokens on the device.
 
     Attributes:
-        token_ids: (rows,) int64; of no meaning where a row is not usable.
-        largest: (rows,) float32, the largest logit of each row. It is finite where the row is
-            usable: where its logits are finite, or some of them and the others masked.
+        token_ids: (rows,) int32, -1 where a row is not usable: it has a NaN or +inf, or no token
+            that is not masked.
         random: The n rows that were drawn at random.
         unsure: (n,) bool: the row must be drawn again from its whole vocabulary; None where n is 0.
     """
 
     token_ids: Tensor
-    largest: Tensor
     random: Seq[int]
     unsure: Tensor | None
 
@@ -109,33 +107,36 @@ def start_sampling(
     raw = _rows(logits, reporting, stage)
     edit_logits(logits, sequences, stage)
     drawn = _draw(logits, sequences, stage, largest)
-    packed = [drawn.token_ids.view(torch.int32), drawn.largest.view(torch.int32)]
+    packed = [drawn.token_ids]
     if drawn.unsure is not None:
         packed.append(drawn.unsure.int())
     if reporting:
         num_top = _most_asked(reporting, sequences)
-        chosen = _rows(drawn.token_ids, reporting, stage)
+        # What is reported of a row that is not usable is not read, but must be of a token.
+        chosen = _rows(drawn.token_ids, reporting, stage).clamp(min=0).long()
         packed.append(pack_report(logprobs_of(raw, chosen, num_top)))
-    return Sampled(logits, drawn.random, reporting, raw, torch.cat(packed))
+    one = packed[0] if len(packed) == 1 else torch.cat(packed)
+    return Sampled(logits, drawn.random, reporting, raw, one)
 
 
 def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> list[Choice]:
     """Wait for the device and take the choices from it: the one copy of a step."""
-    num_rows, reporting, random = len(sequences), sampled.reporting, sampled.random
-    numbers = sampled.packed.cpu().numpy()
-    token_ids = numbers[: 2 * num_rows].view(np.int64).tolist()
-    usable = np.isfinite(numbers[2 * num_rows : 3 * num_rows].view(np.float32)).tolist()
-    drawn, reported = np.split(numbers[3 * num_rows :], [len(random)])
-    reports = unpack_report(reported, len(reporting))
-    again = [row for row, unsure in zip(random, drawn, strict=True) if unsure and usable[row]]
+    packed, num_rows, num_random = sampled.packed.cpu(), len(sequences), len(sampled.random)
+    numbers = packed.tolist()
+    token_ids, unsure = numbers[:num_rows], numbers[num_rows : num_rows + num_random]
+    again = [row for row, is_so in zip(sampled.random, unsure, strict=True) if is_so]
+    reports: list[TokenLogprobs] = []
+    if sampled.reporting:
+        reported = packed[num_rows + num_random :].numpy()
+        reports = unpack_report(reported, len(sampled.reporting))
     if again:
         _draw_again(again, sampled, sequences, stage, token_ids, reports)
-    by_row = dict(zip(reporting, reports, strict=True))
+    by_row = dict(zip(sampled.reporting, reports, strict=True))
     return [
-        Choice(token_ids[row], _cut(by_row.get(row), sequence.sampling.logprobs))
-        if usable[row]
-        else Choice(None, error=_why_unusable(sequence))
-        for row, sequence in enumerate(sequences)
+        Choice(None, None, _why_unusable(sequence))
+        if token_id < 0
+        else Choice(token_id, _cut(by_row.get(row), sequence.sampling.logprobs))
+        for row, (token_id, sequence) in enumerate(zip(token_ids, sequences, strict=True))
     ]
 
 
@@ -264,17 +265,18 @@ def _penalize(row: Tensor, sequence: Sequence, stage: Stage) -> None:
 def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, largest: Largest) -> Drawn:
     """A token of each row: the largest logit, or at random."""
     # Edits keep NaN and +inf; a row of -inf alone is one whose every token is masked.
-    values, token_ids = largest(logits)
+    token_ids = largest(logits)
     random = [row for row, each in enumerate(sequences) if _is_random(each.sampling)]
     if not random:
-        return Drawn(token_ids, values, random, None)
+        return Drawn(token_ids, random, None)
     rows = stage.place(np.array(random, dtype=np.int64))
     stage.flush()
-    # What is drawn for a row that is not usable is not read, but must be a token.
-    chosen = torch.where(values[rows, None].isfinite(), logits[rows], 0.0)
+    usable = token_ids[rows] >= 0
+    chosen = torch.where(usable[:, None], logits[rows], 0.0)
     drawing = [sequences[row] for row in random]
-    token_ids[rows], unsure = _draw_at_random(chosen, drawing, stage, _NUCLEUS_HEAD)
-    return Drawn(token_ids, values, random, unsure)
+    drawn, unsure = _draw_at_random(chosen, drawing, stage, _NUCLEUS_HEAD)
+    token_ids[rows] = torch.where(usable, drawn.int(), -1)
+    return Drawn(token_ids, random, unsure & usable)
 
 
 def _draw_at_random(
