@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, repeat
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...adapters.device.batch_layout import RowRange
 from ...adapters.device.pool import Placement
 from ...kernels.paged_attention.op import PagedBatch
-from ...kernels.tables import Place, lengthened
+from ...kernels.tables import Place
 from ..scheduler.plan import ScheduledSequence, StepPlan
 from ..scheduler.sequence import Prefix
 
@@ -140,8 +140,10 @@ def build_batch(
     padding = _padding(bounds, len(sampling), passes, prefixes, buckets)
     laid_out = bounds[-1] if padding is None else padding.rows
     missing = laid_out - bounds[-1]
-    tokens = (each.sequence.token_ids[each.start : each.end] for each in scheduled)
-    positions = (
+    tokens = chain.from_iterable(
+        each.sequence.token_ids[each.start : each.end] for each in scheduled
+    )
+    positions = chain.from_iterable(
         range(each.start + offset, each.end + offset)
         for each, offset in zip(scheduled, prefixes.offsets, strict=True)
     )
@@ -149,8 +151,8 @@ def build_batch(
         scheduled=scheduled,
         corrections=corrections,
         first_rows=bounds[:-1],
-        token_ids=place(_joined(tokens, laid_out, missing)),
-        positions=place(_joined(positions, laid_out, missing)),
+        token_ids=place(_array(tokens, laid_out, missing)),
+        positions=place(_array(positions, laid_out, missing)),
         paged=_paged(scheduled, prefixes, bounds, num_layers, block_size, place, padding),
         passes=passes,
         sample_rows=_sample_rows([bounds[index + 1] - 1 for index in sampling], place, padding),
@@ -159,12 +161,14 @@ def build_batch(
     )
 
 
-def _joined(
-    pieces: Iterable[Iterable[int]], length: int, missing: int, fill: int = 0
-) -> npt.NDArray[np.int64]:
-    """The numbers of all pieces, and the ``missing`` ones behind them, of ``length`` in all."""
-    numbers = chain(chain.from_iterable(pieces), repeat(fill, missing))
-    return np.fromiter(numbers, np.int64, length)
+def _array(
+    numbers: Iterable[int], length: int, behind: int = 0, fill: int = 0, dtype: Any = np.int64
+) -> npt.NDArray[Any]:
+    """The numbers and ``behind`` times ``fill``, ``length`` in all.
+
+    Always by one function of numpy: in a step, the first call of another would cost as much as ten.
+    """
+    return np.fromiter(chain(numbers, repeat(fill, behind)), dtype, length)
 
 
 def _padding(
@@ -199,10 +203,11 @@ def _least(number: int, buckets: Sequence[int]) -> int | None:
 def _sample_rows(rows: Sequence[int], place: Place, padding: Padding | None) -> Tensor:
     """Of a padded step, what is placed for it must not depend on how many they are."""
     if padding is None:
-        return place(np.array(rows, dtype=np.int64))
+        return place(_array(rows, len(rows)))
     if padding.decodes:
-        return place(np.empty(0, dtype=np.int64))
-    return place(lengthened(np.array(rows, dtype=np.int64), padding.sequences))[: len(rows)]
+        return place(_array((), 0))
+    missing = padding.sequences - len(rows)
+    return place(_array(rows, padding.sequences, missing))[: len(rows)]
 
 
 def passes_of(spans: Iterable[RowSpan]) -> Passes:
@@ -296,24 +301,24 @@ def _paged(
         (before + each.start, before + each.end)
         for before, each in zip(prefixes.before, scheduled, strict=True)
     ]
+    used = [-(-end // block_size) for _, end in spans]
     slots = chain.from_iterable(
         _slots(table, first, end, block_size)
         for table, (first, end) in zip(tables, spans, strict=True)
     )
-    used = [-(-end // block_size) for _, end in spans]
     sequences, laid_out, rows_each, columns = len(scheduled), bounds[-1], 0, max(used)
     if padding is not None:
         sequences, laid_out, rows_each = padding.sequences, padding.rows, int(padding.decodes)
         columns = 1 << (columns - 1).bit_length()  # few shapes
     missing = sequences - len(scheduled)
     behind = [bounds[-1] + rows_each * number for number in range(1, missing + 1)]
-    nothing = [0] * missing
+    ends = (end for _, end in spans)
     batch = PagedBatch(
-        cu_seqlens_q=place(np.array([*bounds, *behind], dtype=np.int32)),
-        context_starts=place(np.array([*prefixes.starts, *nothing], dtype=np.int32)),
-        context_lens=place(np.array([*(end for _, end in spans), *nothing], dtype=np.int32)),
+        cu_seqlens_q=place(_array([*bounds, *behind], sequences + 1, dtype=np.int32)),
+        context_starts=place(_array(prefixes.starts, sequences, missing, dtype=np.int32)),
+        context_lens=place(_array(ends, sequences, missing, dtype=np.int32)),
         block_tables=place(_padded(tables, used, sequences, columns)),
-        slot_mapping=place(_joined(slots, laid_out, laid_out - bounds[-1], fill=-1)),
+        slot_mapping=place(_array(slots, laid_out, laid_out - bounds[-1], fill=-1)),
         max_seqlen_q=max(each.num_tokens for each in scheduled),
         max_context_len=columns * block_size,
     )
@@ -322,31 +327,32 @@ def _paged(
     return [_in_layer(layer, batch, prefixes, place) for layer in range(num_layers)]
 
 
-def _slots(table: Sequence[int], first: int, end: int, block_size: int) -> Iterator[range]:
+def _slots(table: Sequence[int], first: int, end: int, block_size: int) -> Iterator[int]:
     """Where the keys ``first .. end`` of a sequence lie, block by block."""
     for index in range(first // block_size, -(-end // block_size)):
         shift = (table[index] - index) * block_size
         low, high = index * block_size, (index + 1) * block_size
-        yield range(shift + max(first, low), shift + min(end, high))
+        yield from range(shift + max(first, low), shift + min(end, high))
 
 
 def _padded(
     tables: Sequence[Sequence[int]], used: Sequence[int], sequences: int, columns: int
 ) -> npt.NDArray[np.int32]:
     """The first ``used`` blocks of each table as (sequences, columns), zeros behind."""
-    rows = (
+    blocks = chain.from_iterable(
         chain(table[:number], repeat(0, columns - number))
         for table, number in zip(tables, used, strict=True)
     )
-    behind = repeat(0, (sequences - len(tables)) * columns)
-    flat = np.fromiter(chain(chain.from_iterable(rows), behind), np.int32, sequences * columns)
+    behind = (sequences - len(tables)) * columns
+    flat = _array(blocks, sequences * columns, behind, dtype=np.int32)
     return flat.reshape(sequences, columns)
 
 
 def _in_layer(layer: int, batch: PagedBatch, prefixes: _Prefixes, place: Place) -> PagedBatch:
     """The batch where some prefixes are for other layers alone."""
-    starts = np.array(prefixes.starts, dtype=np.int32)
+    starts = list(prefixes.starts)
     for index, prefix in prefixes.by_sequence.items():
         if prefix.layers is not None and layer not in prefix.layers:
             starts[index] = prefixes.before[index]
-    return replace(batch, context_starts=place(starts))
+    placed = place(_array(starts, len(starts), dtype=np.int32))
+    return replace(batch, context_starts=placed)
