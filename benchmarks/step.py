@@ -316,7 +316,7 @@ def _step(parts: EngineParts, watch: Stopwatch) -> tuple[int, float, dict[str, f
         with watch.stage("python between operations"):
             outputs = runner.compute(inputs)
         with watch.stage("sample"):
-            results = runner.collect(plan, inputs, outputs, runner.choose(inputs, outputs))
+            results = runner.collect(inputs, outputs, runner.choose(inputs, outputs))
         with watch.stage("commit"):
             list(parts.scheduler.commit(plan, results))
     stages = watch.take()

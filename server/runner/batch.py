@@ -5,7 +5,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, repeat
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +68,7 @@ class StepBatch:
 
     Attributes:
         scheduled: What the plan says of each sequence, in the order of their rows.
+        places: Where each stands in the plan.
         corrections: What its adapters correct, of each.
         first_rows: The first row of each.
         token_ids: (rows,) int64.
@@ -81,6 +81,7 @@ class StepBatch:
     """
 
     scheduled: Sequence[ScheduledSequence]
+    places: Sequence[int]
     corrections: Sequence[Sequence[Correction]]
     first_rows: Sequence[int]
     token_ids: Tensor
@@ -129,7 +130,7 @@ def build_batch(
         buckets: What it may be padded to. A padding row has no context, its slot is -1, and it lies
             behind the others. It is a sequence of its own in decode steps, and of none in others.
     """
-    corrections, scheduled = _ordered(plan, find_adapter)
+    corrections, places, scheduled = _ordered(plan, find_adapter)
     bounds = list(accumulate((each.num_tokens for each in scheduled), initial=0))
     prefixes = _Prefixes.of(scheduled, block_size)
     passes = passes_of(
@@ -149,6 +150,7 @@ def build_batch(
     )
     return StepBatch(
         scheduled=scheduled,
+        places=places,
         corrections=corrections,
         first_rows=bounds[:-1],
         token_ids=place(_array(tokens, laid_out, missing)),
@@ -263,15 +265,15 @@ class _Prefixes(NamedTuple):
 
 def _ordered(
     plan: StepPlan, find_adapter: FindAdapter
-) -> tuple[Sequence[Sequence[Correction]], Sequence[ScheduledSequence]]:
+) -> tuple[Sequence[Sequence[Correction]], Sequence[int], Sequence[ScheduledSequence]]:
     """The base's rows first, then those of each adapter, or of each set of them, together."""
-    found = [(_corrections(each, find_adapter), each) for each in plan.scheduled]
-    found.sort(key=itemgetter(0))
-    corrections, scheduled = zip(*found, strict=True)
-    return corrections, scheduled
+    found = [_corrections(each, find_adapter) for each in plan.scheduled]
+    places = sorted(range(len(found)), key=found.__getitem__)
+    scheduled = [plan.scheduled[place] for place in places]
+    return [found[place] for place in places], places, scheduled
 
 
-def _corrections(scheduled: ScheduledSequence, find_adapter: FindAdapter) -> Sequence[Correction]:
+def _corrections(scheduled: ScheduledSequence, find_adapter: FindAdapter) -> list[Correction]:
     return [
         (
             find_adapter(each.adapter_id).slots[each.part],

@@ -22,7 +22,7 @@ from ...kernels.largest.op import Largest
 from ..generation import TokenLogprobs
 from ..model.attention import KVCache
 from ..model.decoder import Decoder
-from ..scheduler.plan import PrefixLoad, ScheduledSequence, SequenceResult, StepPlan
+from ..scheduler.plan import PrefixLoad, SequenceResult, StepPlan
 from ..scheduler.sequence import Sequence as RunningSequence
 from .batch import Buckets, FindAdapter, RowSpan, StepBatch, build_batch, passes_of
 from .graphs import PromptPrograms, StepGraphs
@@ -123,7 +123,7 @@ class Runner:
         """One result per scheduled sequence, in the plan's order."""
         inputs = self.prepare(plan)
         outputs = self.compute(inputs)
-        return self.collect(plan, inputs, outputs, self.choose(inputs, outputs))
+        return self.collect(inputs, outputs, self.choose(inputs, outputs))
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Lay the step out and send it to the device."""
@@ -166,26 +166,26 @@ class Runner:
         return start_sampling(outputs.logits, inputs.sampling, self._stage, self._largest)
 
     def collect(
-        self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs, sampled: Sampled | None
+        self, inputs: StepInputs, outputs: StepOutputs, sampled: Sampled | None
     ) -> list[SequenceResult]:
-        """Read what was chosen."""
+        """Read what was chosen; see ``run``."""
         batch = inputs.batch
         choices: Iterator[Choice] = iter(())
         if sampled is not None:
             choices = iter(read_choices(sampled, inputs.sampling, self._stage))
         embedded = _last_hidden(batch, outputs.hidden)
-        results: dict[ScheduledSequence, SequenceResult] = {}
-        for index, item in enumerate(batch.scheduled):
+        results: dict[int, SequenceResult] = {}
+        for index, (place, item) in enumerate(zip(batch.places, batch.scheduled, strict=True)):
             choice = next(choices) if item.samples else Choice(None)
-            hidden, error = embedded.get(item, (None, choice.error))
-            results[item] = SequenceResult(
+            hidden, error = embedded.get(index, (None, choice.error))
+            results[place] = SequenceResult(
                 token_id=choice.token_id,
                 logprobs=choice.logprobs,
-                prompt_logprobs=tuple(self._prompt_logprobs(batch, index, outputs.hidden)),
+                prompt_logprobs=self._prompt_logprobs(batch, index, outputs.hidden),
                 error=error,
                 hidden=hidden,
             )
-        return [results[item] for item in plan.scheduled]
+        return [results[place] for place in range(len(results))]
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         batch = inputs.batch
@@ -240,13 +240,19 @@ class Runner:
 
     def _prompt_logprobs(
         self, batch: StepBatch, index: int, hidden: Tensor | None
-    ) -> Iterator[TokenLogprobs]:
-        """Of the prompt tokens that follow this step's rows of one sequence, a few at a time."""
-        item, corrections = batch.scheduled[index], batch.corrections[index]
-        num_top = item.sequence.sampling.prompt_logprobs
-        last = min(item.end, item.sequence.prompt_len - 1)
+    ) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt tokens that follow this step's rows of one sequence, where asked for."""
+        num_top = batch.scheduled[index].sequence.sampling.prompt_logprobs
         if num_top is None or hidden is None:
-            return
+            return ()
+        return tuple(self._next_logprobs(batch, index, hidden, num_top))
+
+    def _next_logprobs(
+        self, batch: StepBatch, index: int, hidden: Tensor, num_top: int
+    ) -> Iterator[TokenLogprobs]:
+        """These, a few rows at a time."""
+        item, corrections = batch.scheduled[index], batch.corrections[index]
+        last = min(item.end, item.sequence.prompt_len - 1)
         for start in range(item.start, last, _HEAD_ROWS):
             end = min(start + _HEAD_ROWS, last)
             row = batch.first_rows[index] + start - item.start
@@ -259,19 +265,21 @@ class Runner:
 
 def _last_hidden(
     batch: StepBatch, hidden: Tensor | None
-) -> Mapping[ScheduledSequence, tuple[bytes | None, str | None]]:
+) -> Mapping[int, tuple[bytes | None, str | None]]:
     """The last row of every sequence that embeds, as float32, or why it is of no use."""
+    if hidden is None:
+        return {}
     rows = {
-        item: first + item.num_tokens - 1
-        for item, first in zip(batch.scheduled, batch.first_rows, strict=True)
+        index: batch.first_rows[index] + item.num_tokens - 1
+        for index, item in enumerate(batch.scheduled)
         if item.embeds
     }
-    if hidden is None or not rows:
+    if not rows:
         return {}
     vectors = torch.stack([hidden[row] for row in rows.values()]).float().cpu().numpy()
     return {
-        item: (vector.tobytes(), None) if np.isfinite(vector).all() else (None, _NOT_FINITE)
-        for item, vector in zip(rows, vectors, strict=True)
+        index: (vector.tobytes(), None) if np.isfinite(vector).all() else (None, _NOT_FINITE)
+        for index, vector in zip(rows, vectors, strict=True)
     }
 
 

@@ -85,7 +85,7 @@ class BeamGroup:
             parent.request, parent.adapters, parent.arrival, group=self, number=self._num_made
         )
         self._num_made += 1
-        child.token_ids = list(parent.token_ids)
+        child.token_ids, child.max_len = list(parent.token_ids), parent.max_len
         child.num_cached_tokens = parent.num_cached_tokens
         child.num_preemptions = parent.num_preemptions
         return child

@@ -111,7 +111,9 @@ class ServiceCounters:
 
     def charge(self, share: Share, service: float) -> None:
         """Note service given to the tenant."""
-        account = self._accounts.setdefault(share.tenant, _Account())
+        account = self._accounts.get(share.tenant)
+        if account is None:
+            account = self._accounts[share.tenant] = _Account()
         account.counter += service / share.weight
         self._charges += 1
         account.served = self._charges

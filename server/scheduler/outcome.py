@@ -25,12 +25,12 @@ def found(sequence: Sequence, answers: list[BeamAnswer]) -> SequenceUpdate:
     )
 
 
-def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> SequenceUpdate | None:
+def outcome(item: ScheduledSequence, result: SequenceResult) -> SequenceUpdate | None:
     """Append the new token, and say what there is to report; None if nothing.
 
     One that embeds ends with its hidden state. Another ends, in this order, with ERROR if its row
     is unusable, STOP at an end or stop token after at least ``min_tokens`` tokens or where its
-    grammar allows no more, LENGTH at ``max_tokens`` or at ``max_len`` tokens in all.
+    grammar allows no more, LENGTH at ``max_tokens`` or at its ``max_len`` tokens in all.
 
     Raises:
         ValueError: The result has a token where none was to be sampled, or none where one was.
@@ -59,7 +59,7 @@ def outcome(item: ScheduledSequence, result: SequenceResult, max_len: int) -> Se
         logprobs=[] if result.logprobs is None else [result.logprobs],
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=sequence.num_cached_tokens,
-        finish_reason=FinishReason.STOP if stops else _finish_reason(sequence, max_len),
+        finish_reason=FinishReason.STOP if stops else _finish_reason(sequence),
         stop_token_id=result.token_id if stops else None,
     )
 
@@ -105,11 +105,11 @@ def _is_stop_token(sequence: Sequence, token_id: int) -> bool:
     return ends and sequence.num_output_tokens > sampling.min_tokens
 
 
-def _finish_reason(sequence: Sequence, max_len: int) -> FinishReason | None:
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
     """Why it ends with a token that is no end or stop token; None if it goes on."""
     if sequence.matcher is not None and sequence.matcher.is_complete:
         return FinishReason.STOP
     num_output = sequence.num_output_tokens
-    if num_output >= sequence.sampling.max_tokens or len(sequence.token_ids) >= max_len:
+    if num_output >= sequence.sampling.max_tokens or len(sequence.token_ids) >= sequence.max_len:
         return FinishReason.LENGTH
     return None

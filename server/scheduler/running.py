@@ -5,7 +5,7 @@ is kept from more than its share while nobody else wants it; when somebody does,
 for its weight gives back first, its last-come sequence before others.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -62,6 +62,14 @@ class RunningSequences(Mapping[tuple[str, int], Sequence]):
     def __len__(self) -> int:
         """How many run, each beam one of them."""
         return len(self._sequences)
+
+    def values(self) -> ValuesView[Sequence]:
+        """The sequences: the dictionary's own view, as every step walks it."""
+        return self._sequences.values()
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether this very sequence runs."""
+        return sequence in self._rows
 
     def add(self, sequence: Sequence) -> None:
         """The sequence runs from now on."""

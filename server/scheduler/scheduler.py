@@ -109,7 +109,8 @@ class Scheduler:
         request_id = sequence.request.request_id
         if self._of(request_id):
             raise SequenceRefused(f"a request with the id {request_id} is running already")
-        check_can_run(sequence, self.limits, self.max_tokens_that_fit(sequence))
+        sequence.max_len = self.max_tokens_that_fit(sequence)
+        check_can_run(sequence, self.limits, sequence.max_len)
         if sequence.sampling.beams is not None:
             sequence.group = BeamGroup(sequence.sampling.beams, sequence)
             self._groups[request_id] = sequence.group
@@ -154,7 +155,7 @@ class Scheduler:
         updates = [failed(sequence, _NO_SLOT) for sequence in plan.unservable]
         beams: dict[BeamGroup, dict[Sequence, SequenceResult]] = {}
         for item, result in zip(plan.scheduled, results, strict=True):
-            if self._running.get(item.sequence.name) is not item.sequence:
+            if not self._running.has(item.sequence):
                 continue
             if item.sequence.group is None:
                 updates.append(self._commit(item, result))
@@ -190,7 +191,7 @@ class Scheduler:
             decodes.sort(key=lambda each: (each.group is None, each.last_step))
             prefills.sort(key=lambda each: self._counters.counter(each.tenant))
         for sequence in (*decodes, *prefills):
-            runs = step.room(sequence) > 0 and sequence.name in self._running
+            runs = step.room(sequence) > 0 and self._running.has(sequence)
             if runs and self._cover(sequence, step):
                 step.put(sequence)
 
@@ -311,7 +312,7 @@ class Scheduler:
 
     def _commit(self, item: ScheduledSequence, result: SequenceResult) -> SequenceUpdate | None:
         sequence = item.sequence
-        update = outcome(item, result, self.max_tokens_that_fit(sequence))
+        update = outcome(item, result)
         self._computed(item, result)
         if update is not None and update.finish_reason is not None:
             self._end_request(sequence)
@@ -338,7 +339,7 @@ class Scheduler:
         if not errors and not rows:
             return None
         if not errors:
-            most = self.max_tokens_that_fit(first) - first.prompt_len
+            most = first.max_len - first.prompt_len
             if chosen := group.choose(rows, min(first.sampling.max_tokens, most)):
                 self._fork(group, chosen)
                 return None

@@ -99,6 +99,7 @@ class Sequence:
         number: Among all beams that its request has had.
         block_copy: A cache block and the one it is to be copied to before the sequence goes on.
         token_ids: Prompt and output.
+        max_len: Tokens that these may become, which the scheduler finds when it takes it in.
         num_computed_tokens: Leading tokens whose keys and values are in the cache.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
         prefix_blocks: Cache blocks of its adapters' prefix, shared with other sequences.
@@ -119,6 +120,7 @@ class Sequence:
     number: int = 0
     block_copy: tuple[int, int] | None = None
     token_ids: list[int] = field(init=False)
+    max_len: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     prefix_blocks: list[int] = field(default_factory=list)

@@ -37,7 +37,8 @@ class Step:
         """Rows that the sequence may have; beams that go on do so together, whatever it takes."""
         if sequence.group is not None and sequence.group.is_ready:
             return max(1, self.budget)
-        if self.favoured not in (None, sequence.tenant) and sequence.num_uncomputed_tokens > 1:
+        others = self.favoured is not None and sequence.tenant != self.favoured
+        if others and sequence.num_uncomputed_tokens > 1:
             return 0
         if self.quota is None:
             return self.budget
