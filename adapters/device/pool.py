@@ -5,8 +5,12 @@ stay valid: the blocks are numbered from its beginning, and adapters lie within 
 its end. Installing an adapter writes its tensors and a cell per primitive; removing it empties the
 cells. Between two steps tensors may be moved together, which rewrites the cells: so what is free
 can always be used, by an adapter or by blocks.
+
+Index tensors that are alike lie there once. Still every adapter counts with all it has, so that its
+going frees the same whoever stays.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +22,7 @@ from ...kernels.tables import PrimitiveTable
 from ..layout import BaseLayout
 from ..primitives.lowered import LoweredAdapter, Part
 from ..primitives.primitive import ALIGNMENT_BYTES, Primitive
+from .alike import AlikeExtents
 from .copies import make_copies
 from .extents import ExtentError, Extents, Move
 from .residency import PoolSize
@@ -93,6 +98,8 @@ class AdapterPool:
         self.device = memory.device
         self._num_slots = num_slots
         self._extents = Extents(len(memory), ALIGNMENT_BYTES)
+        self._alike = AlikeExtents()
+        self._counted_bytes = 0
         self.limit_bytes = self._extents.capacity
         self.generation = 0
         self._free_slots = list(reversed(range(num_slots)))
@@ -108,7 +115,7 @@ class AdapterPool:
     @property
     def free_bytes(self) -> int:
         """What adapters may take beyond what they have."""
-        return self.limit_bytes - self._extents.used
+        return self.limit_bytes - self._counted_bytes
 
     @property
     def free(self) -> PoolSize:
@@ -161,17 +168,10 @@ class AdapterPool:
         size = self.size(adapter)
         if not size.within(self.free):
             return None
-        sizes = [tensor.nbytes for tensor in adapter.tensors]
-        extents = self._extents.allocate(sizes, self.limit_bytes)
-        if extents is None:
-            self.wait_for_copies()
-            self._move(self._extents.pack())
-            extents = self._extents.allocate(sizes, self.limit_bytes)
+        extents = self._store(adapter)
         if extents is None:
             return None
-        for tensor, extent in zip(adapter.tensors, extents, strict=True):
-            to = self._at(extent, tensor.nbytes).view(tensor.dtype)
-            self._copies.copy(to, tensor.reshape(-1))
+        self._counted_bytes += size.num_bytes
         self.generation += 1
         placement = Placement(tuple(self._free_slots.pop() for _ in adapter.parts), size)
         index_of = {id(tensor): index for index, tensor in enumerate(adapter.tensors)}
@@ -192,6 +192,10 @@ class AdapterPool:
         Raises:
             ExtentError: They take more than that.
         """
+        if self._counted_bytes > limit_bytes:
+            raise ExtentError(
+                f"adapters of {self._counted_bytes} bytes do not fit into {limit_bytes}"
+            )
         # What is copied from now on waits for what moves here, and the other way round.
         self.wait_for_copies()
         self._move(self._extents.settle(limit_bytes))
@@ -211,7 +215,8 @@ class AdapterPool:
         if installed is None:
             raise ExtentError(f"the adapter in the slots {placement.slots} is not in the pool")
         self.generation += 1
-        self._extents.release(installed.extents)
+        self._counted_bytes -= placement.size.num_bytes
+        self._extents.release([each for each in installed.extents if self._alike.release(each)])
         for slot in placement.slots:
             for kind in self._inner_sizes.pop(slot):
                 self.table(kind).cells[:, slot] = _EMPTY
@@ -224,8 +229,14 @@ class AdapterPool:
         self._extents.check_integrity()
         if self._extents.span > self.limit_bytes:
             raise ExtentError("an adapter lies outside the adapters' part of the memory")
-        if self._extents.used != sum(each.size.num_bytes for each in self._installed):
+        if self._counted_bytes != sum(each.size.num_bytes for each in self._installed):
             raise ExtentError("adapters take other bytes than their placements say")
+        users = Counter(extent for each in self._installed.values() for extent in each.extents)
+        if self._extents.used != sum(map(self._extents.size_at, users)):
+            raise ExtentError("some extent is no adapter's")
+        several = {extent: count for extent, count in users.items() if count > 1}
+        if not several.items() <= self._alike.holders().items() <= users.items():
+            raise ExtentError("some tensor is held by other adapters than have it")
         taken = [slot for each in self._installed for slot in each.slots]
         if sorted([*self._free_slots, *taken]) != list(range(self._num_slots)):
             raise ExtentError("some adapter slot is neither free nor in use, or both")
@@ -234,6 +245,36 @@ class AdapterPool:
         for kind, table in self._tables.items():
             if ((table.cells[:, :, 0] != _EMPTY).cpu().numpy() != self._occupied[kind]).any():
                 raise ExtentError(f"the table of {kind.__name__} differs from its books")
+
+    def _store(self, adapter: LoweredAdapter) -> list[int] | None:
+        """Where each of its tensors lies, copied unless it was there; None if there is no room."""
+        tensors = list(zip(adapter.tensors, adapter.index_digests, strict=True))
+        missing = {
+            id(tensor) if content is None else content: tensor
+            for tensor, content in tensors
+            if content not in self._alike
+        }
+        extents = self._allocate([tensor.nbytes for tensor in missing.values()])
+        if extents is None:
+            return None
+        new = dict(zip(missing, extents, strict=True))
+        for key, tensor in missing.items():
+            to = self._at(new[key], tensor.nbytes).view(tensor.dtype)
+            self._copies.copy(to, tensor.reshape(-1))
+            if isinstance(key, bytes):
+                self._alike.add(key, new[key])
+        return [
+            new[id(tensor)] if content is None else self._alike.hold(content)
+            for tensor, content in tensors
+        ]
+
+    def _allocate(self, sizes: Sequence[int]) -> list[int] | None:
+        extents = self._extents.allocate(sizes, self.limit_bytes)
+        if extents is None:
+            self.wait_for_copies()
+            self._move(self._extents.pack())
+            extents = self._extents.allocate(sizes, self.limit_bytes)
+        return extents
 
     def _address(self, extent: int, size: int) -> int:
         """Extents are counted from the memory's end: the nearest are lent to blocks last."""
@@ -255,6 +296,7 @@ class AdapterPool:
             self._at(target, size).copy_(data.clone() if overlap else data)
             first = came_from.pop(source, source)
             moved[first], came_from[target] = target, first
+        self._alike.move(moved)
         for installed in self._installed.values():
             if not moved.keys().isdisjoint(installed.extents):
                 installed.extents = [moved.get(extent, extent) for extent in installed.extents]

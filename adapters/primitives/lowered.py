@@ -1,10 +1,12 @@
 """A whole adapter: its corrections by scope, and the keys and values before a request's own."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..scope import Scope
@@ -38,6 +40,10 @@ PRIMITIVE_TYPES: tuple[type[Primitive], ...] = (
     SideAttention,
 )
 """What has a table on the device."""
+
+
+_MAX_ALIKE_BYTES = 1 << 16
+"""Of an index tensor that is looked at for others like it: longer ones are trained, not drawn."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,14 @@ class LoweredAdapter:
         return tuple(found.values())
 
     @cached_property
+    def index_digests(self) -> tuple[bytes | None, ...]:
+        """Of each of ``tensors`` that holds indices SHA-256 over them; None for numbers.
+
+        And for indices of more than 64 KiB, which are those of no other adapter.
+        """
+        return tuple(map(_index_digest, self.tensors))
+
+    @cached_property
     def rank(self) -> int:
         """Largest rank of any low-rank primitive, 0 without one."""
         return max((each.rank for each in self.primitives if isinstance(each, Affine)), default=0)
@@ -160,6 +174,12 @@ class LoweredAdapter:
     @property
     def _stored(self) -> tuple[Tensor, ...]:
         return self.tensors if self.prefix is None else (*self.tensors, *self.prefix.tensors)
+
+
+def _index_digest(tensor: Tensor) -> bytes | None:
+    if tensor.dtype != torch.int32 or tensor.nbytes > _MAX_ALIKE_BYTES:
+        return None
+    return hashlib.sha256(tensor.numpy().tobytes()).digest()
 
 
 def _mapped(stored: Stored, change: Callable[[Tensor], Tensor]) -> Stored:

@@ -33,8 +33,12 @@ struct Entries {
 
     // Whether another matrix of the same size has its entries where this one has its own.
     bool same_places(const Entries& other) const {
-        return count == other.count &&
-               std::memcmp(row_starts, other.row_starts, (out_size + 1) * sizeof *row_starts) == 0 &&
-               std::memcmp(columns, other.columns, count * sizeof *columns) == 0;
+        return count == other.count && same(row_starts, other.row_starts, out_size + 1) &&
+               same(columns, other.columns, count);
+    }
+
+  private:
+    static bool same(const int32_t* a, const int32_t* b, int64_t size) {
+        return a == b || std::memcmp(a, b, size * sizeof *a) == 0;
     }
 };

@@ -88,6 +88,23 @@ def toy(ranks: dict[str, int], biases: str = "", seed: int = 0, parts: int = 1) 
     )
 
 
+def drawn(seed: int, values: torch.Tensor) -> Sparse:
+    """Values at places of "c" that are drawn from a seed."""
+    target = LAYOUT.targets["c"]
+    size = target.in_features * target.out_features
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    places = order[: len(values)].sort().values
+    starts = torch.searchsorted(places, torch.arange(target.out_features + 1) * target.in_features)
+    return Sparse(target, starts.int(), (places % target.in_features).int(), values)
+
+
+def toy_drawn(places: int, seed: int, count: int = 50) -> LoweredAdapter:
+    """Values of their own at places that others may have too, beside a low-rank part."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    primitives = (*toy({"a": 2}, seed=seed).primitives, drawn(places, values))
+    return LoweredAdapter(f"{seed}", "fourierft", "peft", (one_part(*primitives),))
+
+
 def delta(pool: AdapterPool, slots: list[int], path: str) -> torch.Tensor:
     """What the parts in the slots add to a row of ones on one module."""
     target = LAYOUT.targets[path]
@@ -102,7 +119,10 @@ def delta(pool: AdapterPool, slots: list[int], path: str) -> torch.Tensor:
 def expected_delta(adapter: LoweredAdapter, path: str) -> torch.Tensor:
     total = torch.zeros(LAYOUT.targets[path].out_features)
     for primitive in adapter.primitives:
-        if primitive.path == path:
+        if primitive.path == path and isinstance(primitive, Sparse):
+            rows = torch.arange(len(total)).repeat_interleave(primitive.row_starts.diff())
+            total = total.index_add(0, rows, primitive.values)
+        elif primitive.path == path:
             if primitive.a is not None:
                 total = total + primitive.a.sum(1) @ primitive.b
             if primitive.bias is not None:
@@ -193,6 +213,74 @@ def test_every_part_has_a_slot_and_shared_tensors_lie_there_once():
     expected = expected_delta(adapter, "a")
     torch.testing.assert_close(delta(pool, placement.slots, "a"), expected)
     pool.check_integrity()
+
+
+def places_of(pool: AdapterPool, placement) -> list[int]:
+    """Where row starts and columns of a ``toy_drawn`` lie."""
+    return pool.table(Sparse).cells[LAYOUT.targets["c"].index, placement.slots[0], 1:3].tolist()
+
+
+def test_indices_that_adapters_have_alike_lie_there_once_while_one_has_them():
+    first, second, other = toy_drawn(7, seed=1), toy_drawn(7, seed=2), toy_drawn(8, seed=3)
+    pool = new_pool()
+    one, two, three = (pool.install(adapter) for adapter in (first, second, other))
+    assert places_of(pool, one) == places_of(pool, two)
+    assert set(places_of(pool, one)).isdisjoint(places_of(pool, three))
+    used = pool._extents.used
+    for placement, adapter, freed in ((one, first, False), (two, second, True)):
+        assert_serves(pool, placement, adapter)
+        pool.remove(placement)
+        pool.check_integrity()
+        apart = sum(tensor.nbytes for tensor in adapter.tensors if tensor.dtype != torch.int32)
+        assert (used - pool._extents.used >= adapter.num_device_bytes) == freed
+        assert used - pool._extents.used >= apart
+        used = pool._extents.used
+    assert_serves(pool, three, other)
+    again = pool.install(second)
+    assert_serves(pool, again, second)
+
+
+def test_an_adapter_counts_with_indices_that_others_have_too():
+    pool = new_pool(capacity_bytes=1 << 14)
+    free = free_bytes(pool)
+    adapters = [toy_drawn(7, seed) for seed in range(3)]
+    placements = [pool.install(adapter) for adapter in adapters]
+    for adapter in adapters:
+        free -= adapter.num_device_bytes
+    assert free_bytes(pool) == free
+    with pytest.raises(ExtentError, match="do not fit"):
+        pool.resize(pool._extents.used)
+    for placement, adapter in zip(placements, adapters, strict=True):
+        pool.remove(placement)
+        free += adapter.num_device_bytes
+        assert free_bytes(pool) == free
+
+
+def test_indices_of_several_adapters_move_for_all_of_them():
+    adapters = [toy_drawn(7, seed) for seed in range(3)]
+    gap = toy({"a": 9, "c": 9})
+    pool = new_pool()
+    hole = pool.install(gap)
+    placements = [pool.install(adapter) for adapter in adapters]
+    pool.remove(hole)
+    before = places_of(pool, placements[0])
+    pool.resize(sum(adapter.num_device_bytes for adapter in adapters))
+    assert places_of(pool, placements[0]) != before
+    pool.check_integrity()
+    late = toy_drawn(7, seed=9)
+    pool.remove(placements.pop(0))
+    placements.append(pool.install(late))
+    assert len({tuple(places_of(pool, placement)) for placement in placements}) == 1
+    for placement, adapter in zip(placements, [*adapters[1:], late], strict=True):
+        assert_serves(pool, placement, adapter)
+    pool.check_integrity()
+
+
+def test_long_indices_are_those_of_one_adapter():
+    long = torch.zeros(1 << 15, dtype=torch.int32)
+    primitive = Sparse(LAYOUT.targets["c"], torch.zeros(25, dtype=torch.int32), long, long.float())
+    digests = LoweredAdapter("d", "x", "y", (one_part(primitive),)).index_digests
+    assert [digest is None for digest in digests] == [False, True, True]
 
 
 def test_indices_lie_beside_numbers_of_another_width():
@@ -351,8 +439,8 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.adapters = [
             toy({"a": 1 + 5 * (i % 3), "c": i}, "abc"[: i % 4], seed=i, parts=1 + (i == 3))
-            for i in range(1, self.ADAPTERS + 1)
-        ]
+            for i in range(1, self.ADAPTERS - 1)
+        ] + [toy_drawn(7, seed=i) for i in range(2)]
         self.pool = new_pool(num_slots=4, capacity_bytes=8000)
         self.capacity = free_bytes(self.pool)
         self.residency = Residency(self.pool, self.adapters.__getitem__)
