@@ -31,10 +31,17 @@ INLINE Complex<W> conjugate(Complex<W> v) {
 
 // by v. Of two products in a sum the compiler could fuse either; with 0 added, the second is rounded
 // in any case.
-template <int W>
-INLINE Complex<W> turned(Complex<W> v, Turn by) {
+template <int W, class By>
+INLINE Complex<W> turned(Complex<W> v, By by) {
     const Vector<W> zero = {};
     return {by.re * v.re - (by.im * v.im + zero), by.re * v.im + (by.im * v.re + zero)};
+}
+
+// Of N numbers, each of W rows.
+template <int W, int N>
+INLINE auto turns_of(const Turn* turns, int64_t step) {
+    if constexpr (N == 1) return *turns;
+    else return Complex<N * W>{spread<W>(&turns->re, 2 * step), spread<W>(&turns->im, 2 * step)};
 }
 
 // Roots are those of one, e^(2 pi i j / R) at j * STEP.

@@ -39,6 +39,8 @@ class Spectral {
 
     // Finds what is to be done; returns what is wrong with it, or null.
     const char* find() {
+        parts.reserve(call.targets.count * call.segments.count);
+        outputs.reserve(call.targets.count);
         for (int64_t t = 0; t < call.targets.count; ++t) {
             const int64_t width = call.targets.out_sizes[t];
             if (!inside(call.targets.out_starts[t], width, call.out_size))
@@ -104,7 +106,7 @@ class Spectral {
         };
         Waves x = buffer(0), sums = buffer(1), other = buffer(2);
         load_columns<W>(group, x);
-        input->to_spectrum<W>(x, other);
+        const Bins<W> bins = input->to_spectrum<W>(x, other);
         Places places;
         Owners<T> owners, before = {};
         bool alike = false;
@@ -115,9 +117,10 @@ class Spectral {
                 if (const char* error = check(owners, group.count, alike)) return error;
             }
             std::copy(owners, owners + LANES, before);
-            clear(sums, outputs[t]->bins() * W);
-            if (alike) multiply_columns<W>(owners, group.count, places, x, sums);
-            else multiply_rows<W>(owners, group.count, places, x, sums);
+            const Bins<W> products{sums.re};
+            std::fill_n(products.data, outputs[t]->bins() * 2 * W, 0.0f);
+            if (alike) multiply_columns(owners, group.count, places, bins, products);
+            else multiply_rows(owners, group.count, places, bins, products);
             outputs[t]->template to_numbers<W>(sums, other);
             add_columns<W>(group, t, owners, sums);
         }
@@ -203,7 +206,7 @@ class Spectral {
         for_groups(call.in_size, LANES, [&](int64_t i, auto... n) {
             Floats rows[W];
 #pragma GCC unroll 16
-            for (int k = 0; k < W; ++k) rows[k] = x[k] ? load(x[k] + i, n...) : Floats{};
+            for (int k = 0; k < W; ++k) rows[k] = x[k] ? load_row(x[k] + i, n...) : Floats{};
             Vector<W> columns[LANES];
             to_columns<W>(rows, columns);
             const Columns<W> out = input->columns<W>(to, i);
@@ -232,14 +235,14 @@ class Spectral {
             to_rows<W>(columns, rows);
 #pragma GCC unroll 16
             for (int k = 0; k < W; ++k)
-                if (y[k]) store(y[k] + i, load(y[k] + i, n...) + factors[k] * rows[k], n...);
+                if (y[k]) store(y[k] + i, load_row(y[k] + i, n...) + factors[k] * rows[k], n...);
         });
     }
 
     // sums (bins, W) += S x of adapters whose entries stand at the same places
     template <int W>
-    static void multiply_columns(const Owners<T>& owners, int64_t rows, Places& places, Waves x,
-                                 Waves sums) {
+    static void multiply_columns(const Owners<T>& owners, int64_t rows, Places& places, Bins<W> x,
+                                 Bins<W> sums) {
         const Part<T>* first = first_of(owners);
         const bool one = std::all_of(owners, owners + rows, [&](auto* own) { return own == first; });
         const T* values[W];
@@ -247,63 +250,70 @@ class Spectral {
         places.each<W>(first->entries, [&] {
             if (one) {
                 const T* all = first->entries.values + places.first;
-                return add_entries<W>(places, 0, places.count, x, sums,
-                                      [&](int64_t e) { return to_float(all[e]); });
+                return add_entries(places, 0, places.count, x, sums,
+                                   [&](int64_t e) { return to_float(all[e]); });
             }
             for_groups(places.count, LANES, [&](int64_t i, auto... n) {
                 Floats tile[W];
 #pragma GCC unroll 16
                 for (int k = 0; k < W; ++k)
-                    tile[k] = values[k] ? load(values[k] + places.first + i, n...) : Floats{};
-                Vector<W> factors[LANES];
-                to_columns<W>(tile, factors);
-                add_entries<W>(places, i, i + min_of(LANES, n...), x, sums,
-                               [&](int64_t e) { return factors[e - i]; });
+                    tile[k] = values[k] ? load_row(values[k] + places.first + i, n...) : Floats{};
+                Vector<HELD<W>> factors[LANES];
+                if constexpr (HELD<W> == W) to_columns<W>(tile, factors);
+                else to_column_pairs<W>(tile, factors);
+                add_entries(places, i, i + min_of(LANES, n...), x, sums,
+                            [&](int64_t e) { return factors[e - i]; });
             });
         });
     }
 
+    // Lanes of a bin that are computed at once: both its parts where a vector holds them.
+    template <int W>
+    static constexpr int HELD = 2 * W <= LANES ? 2 * W : W;
+
     // value(e) is what entry e is, for all rows or for each of them
     template <int W, class Value>
-    INLINE_MEMBER static void add_entries(const Places& places, int64_t begin, int64_t end, Waves x,
-                                          Waves sums, Value value) {
+    INLINE_MEMBER static void add_entries(const Places& places, int64_t begin, int64_t end,
+                                          Bins<W> x, Bins<W> sums, Value value) {
+#pragma GCC unroll 16
         for (int64_t e = begin; e < end; ++e) {
-            const int64_t o = places.outputs[e];
-            const Complex<W> in = x.at<W>(places.inputs[e]), sum = sums.at<W>(o);
+            const float *in = x.data + places.inputs[e], *signs = SIGNS<W>.of + places.signs[e];
+            float* sum = sums.data + places.outputs[e];
             const auto factor = value(e);
-            const Vector<W> signed_im = places.sign[e] * in.im;
-            sums.put(o, Complex<W>{factor * in.re + sum.re, factor * signed_im + sum.im});
+#pragma GCC unroll 2
+            for (int i = 0; i < 2 * W; i += HELD<W>) {
+                const auto signed_factor = factor * load_lanes<HELD<W>>(signs + i);
+                store_lanes(sum + i, signed_factor * load_lanes<HELD<W>>(in + i) +
+                                         load_lanes<HELD<W>>(sum + i));
+            }
         }
     }
 
     // sums (bins, W) += S x, of each row's own S
     template <int W>
-    static void multiply_rows(const Owners<T>& owners, int64_t rows, Places& places, Waves x,
-                              Waves sums) {
+    static void multiply_rows(const Owners<T>& owners, int64_t rows, Places& places, Bins<W> x,
+                              Bins<W> sums) {
         for (int64_t k = 0, next; k < rows; k = next) {
             for (next = k + 1; next < rows && owners[next] == owners[k];) ++next;
             if (!owners[k]) continue;
             const Entries<T>& entries = owners[k]->entries;
             places.each<W>(entries, [&] {
+                const T* values = entries.values + places.first;
                 for (int64_t row = k; row < next; ++row)
-                    add_row<W>(places, entries.values + places.first, x.from(row), sums.from(row));
+                    add_row<W>(places, values, x.data + row, sums.data + row);
             });
         }
     }
 
     template <int W>
-    static void add_row(const Places& places, const T* values, Waves x, Waves sums) {
+    static void add_row(const Places& places, const T* values, const float* x, float* sums) {
         for (int64_t e = 0; e < places.count; ++e) {
-            const int64_t o = places.outputs[e], c = places.inputs[e];
-            const float value = to_float(values[e]), signed_im = places.sign[e] * x.im[c];
-            sums.re[o] = fused(value, x.re[c], sums.re[o]);
-            sums.im[o] = fused(value, signed_im, sums.im[o]);
+            const float *in = x + places.inputs[e], *signs = SIGNS<W>.of + places.signs[e];
+            float* sum = sums + places.outputs[e];
+            const float value = to_float(values[e]);
+            sum[0] = fused(value, in[0], sum[0]);
+            sum[W] = fused(value * signs[W], in[W], sum[W]);
         }
-    }
-
-    static void clear(Waves waves, int64_t size) {
-        std::fill(waves.re, waves.re + size, 0.0f);
-        std::fill(waves.im, waves.im + size, 0.0f);
     }
 
     const LinearCall<T>& call;

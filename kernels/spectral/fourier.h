@@ -7,6 +7,7 @@
 // that lie side by side: the rows, and from the second pass on ever more of each row.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -14,107 +15,38 @@
 #include <utility>
 #include <vector>
 
-#include "butterfly.h"
+#include "passes.h"
 
-// A buffer of complex numbers.
-struct Waves {
-    float *re, *im;
-    INLINE_MEMBER Waves from(int64_t i) const { return {re + i, im + i}; }
-    template <int W>
-    INLINE_MEMBER Complex<W> at(int64_t i) const {
-        return {load_lanes<W>(re + i), load_lanes<W>(im + i)};
+// A spectrum: of each bin the real parts of W rows, then the imaginary ones, so that a vector may
+// hold both.
+template <int W>
+struct Bins {
+    float* data;
+    template <int N>
+    INLINE_MEMBER Complex<N * W> at(int64_t k, int64_t step = 1) const {
+        return waves().template parts_at<W, N>(2 * W * k, 2 * W * step);
     }
-    template <int W>
-    INLINE_MEMBER void put(int64_t i, Complex<W> v) const {
-        store_lanes(re + i, v.re);
-        store_lanes(im + i, v.im);
+    template <int N>
+    INLINE_MEMBER void put(int64_t k, Complex<N * W> v, int64_t step = 1) const {
+        waves().template put_parts<W, N>(2 * W * k, 2 * W * step, v);
     }
+    INLINE_MEMBER Waves waves() const { return {data, data + W}; }
 };
 
-// ---- One pass: of radix r over `parts` groups of r numbers each, every `width` of them at once.
-
-struct Pass {
-    int64_t radix, parts;
-    std::vector<Turn> roots, turns;  // (radix,), (parts, radix - 1)
+// The same of numbers in the order of a transform.
+template <int W>
+struct Planes {
+    Waves waves;
+    template <int N>
+    INLINE_MEMBER Complex<N * W> at(int64_t k, int64_t step = 1) const {
+        return step == 1 ? waves.at<N * W>(W * k) : waves.parts_at<W, N>(W * k, W * step);
+    }
+    template <int N>
+    INLINE_MEMBER void put(int64_t k, Complex<N * W> v, int64_t step = 1) const {
+        if (step == 1) waves.put(W * k, v);
+        else waves.put_parts<W, N>(W * k, W * step, v);
+    }
 };
-
-// The pass is the last one, whose numbers need no turn, or not.
-template <int R, bool LAST, int W>
-static void run_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
-    const Turn* roots = pass.roots.data();
-    for (int64_t p = 0; p < pass.parts; ++p) {
-        const Turn* turns = pass.turns.data() + p * (R - 1);
-        const Waves in = from.from(p * width), out = to.from(p * R * width);
-        for (int64_t i = 0; i < width; i += W) {
-            Complex<W> v[R];
-#pragma GCC unroll 16
-            for (int j = 0; j < R; ++j) v[j] = in.at<W>(j * pass.parts * width + i);
-            butterfly<R>(v, roots);
-            out.put(i, v[0]);
-#pragma GCC unroll 16
-            for (int k = 1; k < R; ++k)
-                out.put(k * width + i, LAST ? v[k] : turned(v[k], turns[k - 1]));
-        }
-    }
-}
-
-// The same for any odd radix; what is read is overwritten.
-template <int W>
-static void run_odd_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
-    const int64_t radix = pass.radix, step = pass.parts * width;
-    for (int64_t p = 0; p < pass.parts; ++p) {
-        const Turn* turns = pass.turns.data() + p * (radix - 1);
-        const Waves in = from.from(p * width), out = to.from(p * radix * width);
-        for (int64_t i = 0; i < width; i += W) {
-            const Complex<W> first = in.at<W>(i);
-            Complex<W> total = first;
-            for (int64_t j = 1; j <= radix / 2; ++j) {
-                const int64_t one = j * step + i, other = (radix - j) * step + i;
-                const Complex<W> a = in.at<W>(one), b = in.at<W>(other);
-                in.put(one, a + b);
-                in.put(other, a - b);
-                total = total + (a + b);
-            }
-            out.put(i, total);
-            for (int64_t k = 1; k <= radix / 2; ++k) {
-                Complex<W> even = first, odd = {};
-                for (int64_t j = 1, angle = k; j <= radix / 2; ++j) {
-                    const Turn root = pass.roots[angle];
-                    const Complex<W> sum = in.at<W>(j * step + i);
-                    const Complex<W> difference = in.at<W>((radix - j) * step + i);
-                    even = {even.re + root.re * sum.re, even.im + root.re * sum.im};
-                    odd = {odd.re + root.im * difference.re, odd.im + root.im * difference.im};
-                    angle += k;
-                    if (angle >= radix) angle -= radix;
-                }
-                out.put(k * width + i, turned(even + times_i(odd), turns[k - 1]));
-                out.put((radix - k) * width + i,
-                        turned(even - times_i(odd), turns[radix - k - 1]));
-            }
-        }
-    }
-}
-
-template <int R, int W>
-static void run_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
-    if (pass.parts == 1) run_pass<R, true, W>(pass, from, to, width);
-    else run_pass<R, false, W>(pass, from, to, width);
-}
-
-template <int W>
-static void run_any_pass(const Pass& pass, Waves from, Waves to, int64_t width) {
-    switch (pass.radix) {
-        case 2: return run_pass<2, W>(pass, from, to, width);
-        case 3: return run_pass<3, W>(pass, from, to, width);
-        case 4: return run_pass<4, W>(pass, from, to, width);
-        case 5: return run_pass<5, W>(pass, from, to, width);
-        case 6: return run_pass<6, W>(pass, from, to, width);
-        case 8: return run_pass<8, W>(pass, from, to, width);
-        case 9: return run_pass<9, W>(pass, from, to, width);
-        case 12: return run_pass<12, W>(pass, from, to, width);
-        default: return run_odd_pass<W>(pass, from, to, width);
-    }
-}
 
 // ---- Whole transforms.
 
@@ -221,48 +153,69 @@ class RealTransform {
         return {waves.re + n * W, waves.re + (n + 1) * W, 2 * W};
     }
 
-    // Columns of numbers become `spectrum_scale` times their spectrum.
+    // Columns of numbers in `now` become `spectrum_scale` times their spectrum.
     template <int W>
-    void to_spectrum(Waves& now, Waves& other) const {
-        if (!halved) {
-            for (int64_t i = 0; i < length * W; ++i) now.im[i] = 0;
-            return transform.run<W>(now, other);
-        }
+    Bins<W> to_spectrum(Waves& now, Waves& other) const {
+        if (!halved) std::fill(now.im, now.im + length * W, 0.0f);
         transform.run<W>(now, other);
-        now.put(length * W, now.at<W>(0));
-        for (int64_t k = 0; k <= length / 2; ++k) {
-            const int64_t one = k * W, mirrored = (length - k) * W;
-            const Complex<W> a = now.at<W>(one), b = conjugate(now.at<W>(mirrored));
-            const Complex<W> odd = times_i(turned(a - b, turns[k]));
-            now.put(one, (a + b) - odd);
-            now.put(mirrored, conjugate((a + b) + odd));
+        std::swap(now, other);
+        const Planes<W> from{other};
+        const Bins<W> to{now.re};
+        if (halved) {
+            from.template put<1>(length, from.template at<1>(0));
+            split<W, false>(from, to);
+        } else {
+            for (int64_t k = 0; k < bins(); ++k) to.template put<1>(k, from.template at<1>(k));
         }
+        return to;
     }
     float spectrum_scale() const { return halved ? 2.0f : 1.0f; }
 
-    // Columns of x from a spectrum, of which the parts of bins 0 and size / 2 count twice, and the
-    // imaginary ones there not at all.
+    // Columns of x in `now` from a spectrum there, of which the parts of bins 0 and size / 2 count
+    // twice, and the imaginary ones there not at all.
     template <int W>
     void to_numbers(Waves& now, Waves& other) const {
-        double_real<W>(now, 0);
-        if (halved) double_real<W>(now, length * W);
-        for (int64_t k = 0; halved && k <= length / 2; ++k) {
-            const int64_t one = k * W, mirrored = (length - k) * W;
-            const Complex<W> a = now.at<W>(one), b = conjugate(now.at<W>(mirrored));
-            const Complex<W> odd = times_i(turned(a - b, turns[k]));
-            now.put(one, (a + b) + odd);
-            now.put(mirrored, conjugate((a + b) - odd));
+        std::swap(now, other);
+        const Bins<W> from{other.re};
+        const Planes<W> to{now};
+        double_real(from, 0);
+        if (halved) {
+            double_real(from, length);
+            split<W, true>(from, to);
+        } else {
+            to.template put<1>(0, from.template at<1>(0));
+            for (int64_t k = 1; k < bins(); ++k) {
+                const Complex<W> v = from.template at<1>(k);
+                to.template put<1>(k, v);
+                to.template put<1>(size - k, conjugate(v));
+            }
         }
-        for (int64_t k = 1; !halved && k < bins(); ++k)
-            now.put((size - k) * W, conjugate(now.at<W>(k * W)));
         transform.run<W>(now, other);
     }
 
   private:
     template <int W>
-    static void double_real(Waves waves, int64_t i) {
-        const Complex<W> v = waves.at<W>(i);
-        waves.put(i, Complex<W>{v.re + v.re, Vector<W>{}});
+    static void double_real(Bins<W> bins, int64_t k) {
+        const Complex<W> v = bins.template at<1>(k);
+        bins.template put<1>(k, Complex<W>{v.re + v.re, Vector<W>{}});
+    }
+
+    // Between bins of the spectrum and those of the complex numbers of half as many.
+    template <int W, bool BACK, class From, class To>
+    void split(From from, To to) const {
+        int64_t k = 0;
+        for (; k + TOGETHER<W> <= length / 2 + 1; k += TOGETHER<W>)
+            split_some<W, TOGETHER<W>, BACK>(from, to, k);
+        for (; k <= length / 2; ++k) split_some<W, 1, BACK>(from, to, k);
+    }
+
+    template <int W, int N, bool BACK, class From, class To>
+    INLINE_MEMBER void split_some(From from, To to, int64_t k) const {
+        const Complex<N * W> a = from.template at<N>(k);
+        const Complex<N * W> b = conjugate(from.template at<N>(length - k, -1));
+        const Complex<N * W> odd = times_i(turned(a - b, turns_of<W, N>(&turns[k], 1)));
+        to.template put<N>(k, BACK ? (a + b) + odd : (a + b) - odd);
+        to.template put<N>(length - k, conjugate(BACK ? (a + b) - odd : (a + b) + odd), -1);
     }
 
     const int64_t length;

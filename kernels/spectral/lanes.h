@@ -19,10 +19,30 @@ INLINE Vector<W> load_lanes(const float* p) {
     return v;
 }
 
-template <class V>
-INLINE void store_lanes(float* p, V v) {
+template <class T, class V>
+INLINE void store_lanes(T* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
+
+// ``load``, in which GCC 12 widens one half of the numbers after the other.
+template <class T, class... N>
+INLINE Floats load_row(const T* p, N... n) {
+    return load(p, n...);
+}
+
+#ifdef MASKED_MEMORY
+INLINE Floats widened(__m256i v) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16); }
+
+template <>
+INLINE_MEMBER Floats load_row(const bfloat16* p) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+template <>
+INLINE_MEMBER Floats load_row(const bfloat16* p, int64_t n) {
+    return widened(_mm256_maskz_loadu_epi16(first_of(n), p));
+}
+#endif
 
 // columns[c][r] = rows[r][c]
 template <int W>
@@ -47,6 +67,27 @@ INLINE_MEMBER void to_columns<16>(const Floats (&rows)[16], Floats (&columns)[LA
 template <>
 INLINE_MEMBER void to_rows<16>(const Floats (&columns)[LANES], Floats (&rows)[16]) {
     to_columns<16>(columns, rows);
+}
+
+// columns[c] = rows[..][c], twice
+template <int W>
+INLINE void to_column_pairs(const Floats (&rows)[W], Vector<2 * W> (&columns)[LANES]) {
+    for (int c = 0; c < LANES; ++c)
+        for (int r = 0; r < 2 * W; ++r) columns[c][r] = rows[r % W][c];
+}
+
+// ---- N vectors of W lanes as one.
+
+template <int W, int N>
+INLINE Vector<N * W> load_parts(const float* p, int64_t step) {
+    static_assert(N == 1);
+    return load_lanes<W>(p);
+}
+
+template <int W, int N>
+INLINE void store_parts(float* p, int64_t step, Vector<N * W> v) {
+    static_assert(N == 1);
+    store_lanes(p, v);
 }
 
 #ifdef __AVX512F__
@@ -128,4 +169,86 @@ INLINE_MEMBER void to_rows<8>(const Vector<8> (&columns)[LANES], Floats (&rows)[
     transpose_quads(lower[0], lower[1], lower[2], lower[3], quads);
     for (int r = 0; r < 4; ++r) rows[r + 4] = (Floats)quads[r];
 }
+
+template <>
+INLINE_MEMBER void to_column_pairs<4>(const Floats (&rows)[4], Vector<8> (&columns)[LANES]) {
+    __m512d quads[4];
+    transpose_quads((__m512)rows[0], (__m512)rows[1], (__m512)rows[2], (__m512)rows[3], quads);
+    const auto pair = [](__m512d v) { return (Vector<8>)_mm512_castpd512_pd256(v); };
+    for (int k = 0; k < 4; ++k) {
+        columns[k] = pair(_mm512_shuffle_f64x2(quads[k], quads[k], 0x00));
+        columns[k + 4] = pair(_mm512_shuffle_f64x2(quads[k], quads[k], 0x55));
+        columns[k + 8] = pair(_mm512_shuffle_f64x2(quads[k], quads[k], 0xaa));
+        columns[k + 12] = pair(_mm512_shuffle_f64x2(quads[k], quads[k], 0xff));
+    }
+}
+
+template <>
+INLINE_MEMBER void to_column_pairs<8>(const Floats (&rows)[8], Floats (&columns)[LANES]) {
+    __m512d upper[4], lower[4];
+    const auto row = [&](int r) { return (__m512)rows[r]; };
+    transpose_quads(row(0), row(1), row(2), row(3), upper);
+    transpose_quads(row(4), row(5), row(6), row(7), lower);
+    for (int j = 0; j < 4; ++j) {
+        const int64_t a = 2 * j, b = a + 8;
+        const __m512i twice = _mm512_set_epi64(b + 1, b, a + 1, a, b + 1, b, a + 1, a);
+        for (int k = 0; k < 4; ++k)
+            columns[k + 4 * j] = (Floats)_mm512_permutex2var_pd(upper[k], twice, lower[k]);
+    }
+}
+
+template <>
+INLINE_MEMBER Floats load_parts<8, 2>(const float* p, int64_t step) {
+    const auto part = [&](int64_t i) { return (__m256d)load_lanes<8>(p + i * step); };
+    return (Floats)_mm512_insertf64x4(_mm512_castpd256_pd512(part(0)), part(1), 1);
+}
+
+template <>
+INLINE_MEMBER void store_parts<8, 2>(float* p, int64_t step, Floats v) {
+    store_lanes(p, _mm512_castpd512_pd256((__m512d)v));
+    store_lanes(p + step, _mm512_extractf64x4_pd((__m512d)v, 1));
+}
+
+template <>
+INLINE_MEMBER Floats load_parts<4, 4>(const float* p, int64_t step) {
+    const auto part = [&](int64_t i) { return (__m128)load_lanes<4>(p + i * step); };
+    __m512 v = _mm512_castps128_ps512(part(0));
+    v = _mm512_insertf32x4(v, part(1), 1);
+    v = _mm512_insertf32x4(v, part(2), 2);
+    return (Floats)_mm512_insertf32x4(v, part(3), 3);
+}
+
+template <>
+INLINE_MEMBER void store_parts<4, 4>(float* p, int64_t step, Floats v) {
+    store_lanes(p, _mm512_castps512_ps128((__m512)v));
+    store_lanes(p + step, _mm512_extractf32x4_ps((__m512)v, 1));
+    store_lanes(p + 2 * step, _mm512_extractf32x4_ps((__m512)v, 2));
+    store_lanes(p + 3 * step, _mm512_extractf32x4_ps((__m512)v, 3));
+}
+#endif
+
+// W lanes of each of the numbers
+template <int W>
+INLINE Floats spread(const float* numbers, int64_t step) {
+#ifdef __AVX512F__
+    __m512 v = _mm512_set1_ps(*numbers);
+    for (int64_t i = 1; i < LANES / W; ++i) {
+        const __m128 number = _mm_load_ss(numbers + i * step);
+        v = _mm512_mask_broadcastss_ps(v, ((1 << W) - 1) << (i * W), number);
+    }
+    return (Floats)v;
+#else
+    Floats v;
+    for (int64_t i = 0; i < LANES; ++i) v[i] = numbers[i / W * step];
+    return v;
+#endif
+}
+
+// Vectors of W lanes that are best computed at once.
+#ifdef __AVX512F__
+template <int W>
+constexpr int TOGETHER = LANES / W;
+#else
+template <int W>
+constexpr int TOGETHER = 1;
 #endif
