@@ -45,7 +45,7 @@ class Spectral {
             const int64_t width = call.targets.out_sizes[t];
             if (!inside(call.targets.out_starts[t], width, call.out_size))
                 return "a target reaches outside the output's columns";
-            outputs.push_back(real_transform(width));
+            outputs.push_back(transform_of(width));
             const auto add = [&](Cell<T>& cell, int64_t start, int64_t end, float weight) {
                 const Entries<T> entries(cell, call.in_size, width);
                 for (int64_t row = start; row < end; ++row)
@@ -86,23 +86,35 @@ class Spectral {
         return groups;
     }
 
-    int64_t scratch() const { return 6 * plane<LANES>(); }
+    // Floats for groups of so many rows.
+    int64_t scratch(int64_t rows) const { return 6 * plane(lanes_for(rows)); }
 
     // Corrects the rows of one group; returns what is wrong in index tensors, or null.
     const char* compute(const Group& group, float* scratch) const {
-        if (group.count <= 4) return compute<4>(group, scratch);
-        if (group.count <= 8) return compute<8>(group, scratch);
-        return compute<16>(group, scratch);
+        switch (lanes_for(group.count)) {
+            case 4: return compute<4>(group, scratch);
+            case 8: return compute<8>(group, scratch);
+            default: return compute<16>(group, scratch);
+        }
     }
 
   private:
     static constexpr int32_t NONE = -1;
 
+    static int64_t lanes_for(int64_t rows) { return rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
+
+    // A site's targets have few sizes, often that of the input.
+    std::shared_ptr<const RealTransform> transform_of(int64_t size) const {
+        if (size == call.in_size) return input;
+        if (!outputs.empty() && outputs.back()->size == size) return outputs.back();
+        return real_transform(size);
+    }
+
     // Of up to W rows, each in one of W lanes.
     template <int W>
     const char* compute(const Group& group, float* scratch) const {
         const auto buffer = [&](int64_t i) {
-            return Waves{scratch + 2 * i * plane<W>(), scratch + (2 * i + 1) * plane<W>()};
+            return Waves{scratch + 2 * i * plane(W), scratch + (2 * i + 1) * plane(W)};
         };
         Waves x = buffer(0), sums = buffer(1), other = buffer(2);
         load_columns<W>(group, x);
@@ -189,13 +201,12 @@ class Spectral {
         });
     }
 
-    // Floats of half a buffer, for W rows: not a power of two, so that what is read and what is written
+    // Floats of half a buffer, for rows in so many lanes: not a power of two, so that what is read and what is written
     // at the same time does not fall on the same lines of cache.
-    template <int W>
-    int64_t plane() const {
+    int64_t plane(int64_t lanes) const {
         int64_t room = input->room();
         for (const auto& output : outputs) room = max_of(room, output->room());
-        return W * padded(room) + LANES;
+        return lanes * padded(room) + LANES;
     }
 
     template <int W>
@@ -328,7 +339,10 @@ const char* add_spectral(const LinearCall<T>& call) {
     Spectral<T> spectral(call);
     if (const char* error = spectral.find()) return error;
     if (call.in_size == 0) return nullptr;
-    return run_units(spectral.groups(), spectral.scratch(), call.threads,
+    const std::vector<Group> groups = spectral.groups();
+    int64_t rows = 0;
+    for (const Group& group : groups) rows = max_of(rows, group.count);
+    return run_units(groups, spectral.scratch(rows), call.threads,
                      [&](const Group& group, float* own) { return spectral.compute(group, own); });
 }
 
