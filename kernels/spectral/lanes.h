@@ -79,13 +79,13 @@ INLINE void to_column_pairs(const Floats (&rows)[W], Vector<2 * W> (&columns)[LA
 // ---- N vectors of W lanes as one.
 
 template <int W, int N>
-INLINE Vector<N * W> load_parts(const float* p, int64_t step) {
+INLINE Vector<N * W> load_parts(const float* p, int64_t) {
     static_assert(N == 1);
     return load_lanes<W>(p);
 }
 
 template <int W, int N>
-INLINE void store_parts(float* p, int64_t step, Vector<N * W> v) {
+INLINE void store_parts(float* p, int64_t, Vector<N * W> v) {
     static_assert(N == 1);
     store_lanes(p, v);
 }
