@@ -40,10 +40,19 @@ INLINE Floats load(const float* p) {
     return v;
 }
 
+INLINE Floats widened(Halves v) {
+#ifdef __AVX512F__
+    // GCC 12 makes five instructions of the conversion below.
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#else
+    return (Floats)(__builtin_convertvector(v, Words) << 16);
+#endif
+}
+
 INLINE Floats load(const bfloat16* p) {
     Halves v;
     std::memcpy(&v, p, sizeof v);
-    return (Floats)(__builtin_convertvector(v, Words) << 16);
+    return widened(v);
 }
 
 // To the nearest bfloat16, ties to even; NaN stays NaN. Intel's instruction makes numbers below the
@@ -72,8 +81,7 @@ INLINE __mmask16 first_of(int64_t n) { return static_cast<__mmask16>((1u << n) -
 INLINE Floats load(const float* p, int64_t n) { return (Floats)_mm512_maskz_loadu_ps(first_of(n), p); }
 
 INLINE Floats load(const bfloat16* p, int64_t n) {
-    const Halves v = (Halves)_mm256_maskz_loadu_epi16(first_of(n), p);
-    return (Floats)(__builtin_convertvector(v, Words) << 16);
+    return widened((Halves)_mm256_maskz_loadu_epi16(first_of(n), p));
 }
 
 INLINE void store(float* p, Floats v, int64_t n) {

@@ -216,7 +216,7 @@ void prepare(const Step<T>& step, const Work& work, const Group& group, const He
 
 // What the visit after number i of this unit reads.
 template <class T>
-Ahead<T> ahead_of(const Step<T>& step, const Unit<T>& unit, size_t i, const Unit<T>& next) {
+KeysAhead<T> ahead_of(const Step<T>& step, const Unit<T>& unit, size_t i, const Unit<T>& next) {
     const bool here = i + 1 < unit.visits.size();
     const Visit none{}, &visit = here                  ? unit.visits[i + 1]
                                  : next.visits.empty() ? none
@@ -232,7 +232,7 @@ void attend(const Step<T>& step, const Unit<T>& unit, const Unit<T>& next, Tiles
         tiles.begin(unit.columns.data(), at, at + unit.per_head);
     for (size_t i = 0; i < unit.visits.size(); ++i) {
         const Visit& visit = unit.visits[i];
-        Ahead<T> ahead = ahead_of(step, unit, i, next);
+        KeysAhead<T> ahead = ahead_of(step, unit, i, next);
         for (int64_t head = unit.heads.first, at = 0; head < unit.heads.last; ++head) {
             tiles.take(KeysAndValues<T>(step, visit.sequence, head), visit.base, visit.needed, ahead);
             tiles.attend(at + visit.q, at + visit.end, visit.base, ahead);

@@ -82,7 +82,7 @@ class MatrixTiles {
     }
 
     void take(const KeysAndValues<bfloat16>& head, int64_t base, const Range& needed,
-              Ahead<bfloat16>& ahead) {
+              KeysAhead<bfloat16>& ahead) {
         for (int64_t g = needed.lo / TILE_INS * 2; g < div_up(needed.hi, TILE_INS) * 2; ++g) {
             const Range here = {max_of(needed.lo - g * TILE_ROWS, 0),
                                 min_of(needed.hi - g * TILE_ROWS, TILE_ROWS)};
@@ -94,7 +94,7 @@ class MatrixTiles {
         }
     }
 
-    void attend(int64_t q, int64_t end, int64_t base, Ahead<bfloat16>& ahead) {
+    void attend(int64_t q, int64_t end, int64_t base, KeysAhead<bfloat16>& ahead) {
         for (int64_t next; q < end; q = next) {
             next = min_of(end, (q / TILE_OUTS + 1) * TILE_OUTS);
             attend_columns(q, next, base, ahead);
@@ -144,7 +144,7 @@ class MatrixTiles {
     // the 16 of the first tile are the first fours of every eight, which is how the instruction pairs
     // them.
     INLINE_MEMBER void pair_up(const bfloat16* rows, const Range& here, int64_t g,
-                               Ahead<bfloat16>& ahead) {
+                               KeysAhead<bfloat16>& ahead) {
         bfloat16* to = values + g / 2 * TILE_INS * head_dim + g % 2 * TILE / 2;
         const __m512i none = _mm512_setzero_si512();
         for (int64_t j = 0; j < TILE_ROWS; j += 2, to += TILE_INS) {
@@ -162,7 +162,7 @@ class MatrixTiles {
     }
 
     // Columns q .. end - 1, which lie in one tile.
-    void attend_columns(int64_t q, int64_t end, int64_t base, Ahead<bfloat16>& ahead) {
+    void attend_columns(int64_t q, int64_t end, int64_t base, KeysAhead<bfloat16>& ahead) {
         const int64_t tile = q / TILE_OUTS * TILE_OUTS;
         State& state = states[q / TILE_OUTS];
         state.first = state.end = Ints{};  // columns of other sequences see none of these keys
@@ -187,7 +187,7 @@ class MatrixTiles {
     }
 
     // scores[j][c] = k_j . q_c for the 32 keys of a half, of which the second sixteen may be unseen
-    void score(int64_t q, int64_t half, bool both, Ahead<bfloat16>& ahead) {
+    void score(int64_t q, int64_t half, bool both, KeysAhead<bfloat16>& ahead) {
         const int64_t stride = head_dim * static_cast<int64_t>(sizeof(bfloat16));
         const bfloat16 *first = keys[2 * half], *second = keys[2 * half + both];
         memory_is_written();
@@ -317,8 +317,6 @@ class MatrixTiles {
         return sum(total);
     }
 
-    static Floats widened(Halves v) { return (Floats)(__builtin_convertvector(v, Words) << 16); }
-
     // Weights of 32 keys as rows of pairs.
     void turn(int64_t half) {
         Floats nearest[LANES], rest[LANES];
@@ -340,7 +338,7 @@ class MatrixTiles {
 
     // out_c = factor_c out_c + sum_j weight_cj v_j for 32 of the values
     void mix(int64_t q, int64_t end, int64_t column, int64_t first, int64_t last,
-             const Floats& factors, Ahead<bfloat16>& ahead) {
+             const Floats& factors, KeysAhead<bfloat16>& ahead) {
         constexpr int64_t stride = sizeof weights[0][0], sums_stride = sizeof sums[0];
         memory_is_written();
         _tile_zero(2);

@@ -70,9 +70,9 @@ struct Heads {
 // time, in the order in which they lie in memory: blocks of a sequence lie too far from each other for
 // the processor to do it by itself, and whoever asks for more lines than it can wait for waits itself.
 template <class T>
-class Ahead {
+class KeysAhead {
   public:
-    Ahead(const Step<T>& step, int64_t sequence, const Heads& heads, int64_t start, int64_t end)
+    KeysAhead(const Step<T>& step, int64_t sequence, const Heads& heads, int64_t start, int64_t end)
         : step(step), table(step.block_table(sequence)), heads(heads), head(heads.first), end(end),
           from(start), to(block_end(start)) {}
 

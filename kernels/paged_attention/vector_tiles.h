@@ -87,7 +87,7 @@ class VectorTiles {
     }
 
     // Keys lo .. hi of the tile that begins at `base`; those beside them count as zero, unread.
-    void take(const KeysAndValues<T>& head, int64_t base, const Range& needed, Ahead<T>& ahead) {
+    void take(const KeysAndValues<T>& head, int64_t base, const Range& needed, KeysAhead<T>& ahead) {
         ahead.fetch_all();
         unpack_keys(head.keys, base, needed);
         for (int64_t j = needed.lo; j < needed.hi; ++j)
@@ -95,7 +95,7 @@ class VectorTiles {
     }
 
     // Columns q .. end against the tile taken last.
-    void attend(int64_t q, int64_t end, int64_t base, Ahead<T>&) {
+    void attend(int64_t q, int64_t end, int64_t base, KeysAhead<T>&) {
         for (; q + ROWS <= end; q += ROWS) attend_rows<ROWS>(q, base);
         switch (end - q) {
             case 3: attend_rows<3>(q, base); break;

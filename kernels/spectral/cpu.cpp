@@ -199,7 +199,7 @@ class Spectral {
         for_groups(call.in_size, LANES, [&](int64_t i, auto... n) {
             Floats rows[W];
 #pragma GCC unroll 16
-            for (int k = 0; k < W; ++k) rows[k] = x[k] ? load_row(x[k] + i, n...) : Floats{};
+            for (int k = 0; k < W; ++k) rows[k] = x[k] ? load(x[k] + i, n...) : Floats{};
             Vector<W> columns[LANES];
             to_columns<W>(rows, columns);
             const Columns<W> out = input->columns<W>(to, i);
@@ -228,7 +228,7 @@ class Spectral {
             to_rows<W>(columns, rows);
 #pragma GCC unroll 16
             for (int k = 0; k < W; ++k)
-                if (y[k]) store(y[k] + i, load_row(y[k] + i, n...) + factors[k] * rows[k], n...);
+                if (y[k]) store(y[k] + i, load(y[k] + i, n...) + factors[k] * rows[k], n...);
         });
     }
 

@@ -24,26 +24,6 @@ INLINE void store_lanes(T* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// ``load``, in which GCC 12 widens one half of the numbers after the other.
-template <class T, class... N>
-INLINE Floats load_row(const T* p, N... n) {
-    return load(p, n...);
-}
-
-#ifdef MASKED_MEMORY
-INLINE Floats widened(__m256i v) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16); }
-
-template <>
-INLINE_MEMBER Floats load_row(const bfloat16* p) {
-    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-template <>
-INLINE_MEMBER Floats load_row(const bfloat16* p, int64_t n) {
-    return widened(_mm256_maskz_loadu_epi16(first_of(n), p));
-}
-#endif
-
 // columns[c][r] = rows[r][c]
 template <int W>
 INLINE void to_columns(const Floats (&rows)[W], Vector<W> (&columns)[LANES]) {

@@ -65,7 +65,7 @@ static void multiply_columns(const Owners<T>& owners, int64_t rows, Places& plac
             Floats tile[W];
 #pragma GCC unroll 16
             for (int k = 0; k < W; ++k)
-                tile[k] = values[k] ? load_row(values[k] + places.first + i, n...) : Floats{};
+                tile[k] = values[k] ? load(values[k] + places.first + i, n...) : Floats{};
             Vector<HELD<W>> factors[LANES];
             if constexpr (HELD<W> == W) to_columns<W>(tile, factors);
             else to_column_pairs<W>(tile, factors);
