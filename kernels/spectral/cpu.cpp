@@ -183,8 +183,8 @@ class Spectral {
         });
     }
 
-    // Floats of half a buffer, for rows in so many lanes: not a power of two, so that what is read and what is written
-    // at the same time does not fall on the same lines of cache.
+    // Floats of half a buffer, for rows in so many lanes: not a power of two, so that what is read and
+    // what is written do not lie a whole number of pages apart.
     int64_t plane(int64_t lanes) const {
         int64_t room = input->room();
         for (const auto& output : outputs) room = max_of(room, output->room());
