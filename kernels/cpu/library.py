@@ -44,17 +44,24 @@ class Latest(Generic[K, V]):
         return entry[1]
 
 
+class Reads(ctypes.Structure):
+    """Memory that a call will read: ``Reads`` of ``team.h``."""
+
+    _fields_ = (("begin", POINTER), ("bytes", INT))
+
+
 @dataclass(frozen=True, slots=True)
 class Recordable:
     """What makes a kernel's call again, as ``program.h`` has it.
 
     Attributes:
         packed: Address of what takes its arguments as data.
-        reads: Of what tells the memory that it reads from these, 0 where that is not worth telling.
+        reads: Tells the memory that a call reads, from the address of these; None where that is not
+            worth telling.
     """
 
     packed: int
-    reads: int
+    reads: Callable[[int], Reads] | None
 
 
 class Recording(Protocol):
@@ -90,7 +97,10 @@ class Library:
     def kernel(self, name: str, arguments: Sequence[Any], label: str = "") -> Kernel:
         """A kernel, whose calls can be recorded, under the label."""
         function: Kernel = self.function(name, arguments, ctypes.c_char_p)
-        recordable = Recordable(self._address(f"{name}_packed"), self._address(f"{name}_reads"))
+        packed = ctypes.cast(self._functions[f"{name}_packed"], POINTER).value or 0
+        tells_reads = hasattr(self._functions, f"{name}_reads")
+        reads = self.function(f"{name}_reads", (POINTER,), Reads) if tells_reads else None
+        recordable = Recordable(packed, reads)
 
         def call(*args: Any) -> bytes | None:
             if self.recorder is None:
@@ -98,11 +108,6 @@ class Library:
             return function(*self.recorder.note(label or name, function, recordable, args))
 
         return call
-
-    def _address(self, name: str) -> int:
-        """Where a function is, 0 if there is none of that name."""
-        function = getattr(self._functions, name, None)
-        return 0 if function is None else ctypes.cast(function, POINTER).value or 0
 
 
 class Kernels:

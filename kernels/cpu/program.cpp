@@ -2,7 +2,6 @@
 #include "program.h"
 
 #include <chrono>
-#include <vector>
 
 #include "parallel.h"
 
@@ -12,7 +11,7 @@ namespace {
 struct Call {
     PackedFunction function;
     const Value* values;
-    ReadsFunction reads;  // null where it reads nothing worth mentioning
+    Reads reads;  // no bytes where it reads nothing worth mentioning
 };
 
 using Clock = std::chrono::steady_clock;
@@ -22,10 +21,7 @@ class Steps {
     const char* error = nullptr;
 
     Steps(const Call* calls, int64_t count, double* seconds, int64_t threads)
-        : calls(calls), count(count), seconds(seconds), reads(count), team(threads) {
-        for (int64_t i = 0; i < count; ++i)
-            if (calls[i].reads) reads[i] = calls[i].reads(calls[i].values);
-    }
+        : calls(calls), count(count), seconds(seconds), team(threads) {}
 
     // A thread's part: the first makes the calls.
     void run() {
@@ -41,7 +37,6 @@ class Steps {
     const Call* calls;
     int64_t count;
     double* seconds;
-    std::vector<Reads> reads;
     Team team;
 
     void make_all() {
@@ -55,8 +50,8 @@ class Steps {
     }
 
     int64_t announce(int64_t i) {
-        while (i < count && !reads[i].bytes) ++i;
-        if (i < count) team.read_ahead(reads[i]);
+        while (i < count && !calls[i].reads.bytes) ++i;
+        if (i < count) team.read_ahead(calls[i].reads);
         return i;
     }
 };

@@ -4,8 +4,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "team.h"
-
 // One argument; mirrored in program.py.
 union Value {
     int64_t integer;  // or an address
@@ -14,9 +12,6 @@ union Value {
 
 // How a recorded call is made: returns what was wrong, or null.
 using PackedFunction = const char* (*)(const Value*);
-
-// What a call will read most of its time, for threads that wait for it.
-using ReadsFunction = Reads (*)(const Value*);
 
 template <class T>
 struct Argument {

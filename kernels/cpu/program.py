@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..memory import reserve
-from .library import FLOAT, POINTER, ROWS, Kernel, Library, Recordable, raise_if
+from .library import FLOAT, POINTER, ROWS, Kernel, Library, Reads, Recordable, raise_if
 
 _ALIGNMENT = 64
 """Bytes; of a cache line."""
@@ -51,7 +51,7 @@ class NotRecordable(RuntimeError):
 
 
 class _Call(ctypes.Structure):
-    _fields_ = (("function", POINTER), ("values", POINTER), ("reads", POINTER))
+    _fields_ = (("function", POINTER), ("values", POINTER), ("reads", Reads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +274,7 @@ class Recorder(TorchDispatchMode):
             values = np.array(self._values, dtype=np.int64)
             first = values.ctypes.data
             calls = (_Call * len(self._calls))(
-                *(
-                    _Call(made.packed, first + values.itemsize * at, made.reads)
-                    for _, made, at in self._calls
-                )
+                *(_as_call(made, first + values.itemsize * at) for _, made, at in self._calls)
             )
             names = [name for name, _, _ in self._calls]
             rows_at = np.array(self._rows_at, dtype=np.int64)
@@ -321,6 +318,10 @@ class Programs:
         with Recorder(self.library, self.arena, padded) as recorder:
             result = compute()
         return Program(self.library, recorder.parts, result, self.report)
+
+
+def _as_call(made: Recordable, values: int) -> _Call:
+    return _Call(made.packed, values, Reads() if made.reads is None else made.reads(values))
 
 
 def _as_value(kind: Any, arg: Any) -> int:

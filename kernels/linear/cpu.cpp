@@ -199,6 +199,7 @@ extern "C" const char* linear_bfloat16(void* y, const void* x, int64_t x_plane, 
 }
 EXPORT_PACKED(linear_bfloat16)
 
+// What a call reads most of its time, for threads that wait for it.
 extern "C" Reads linear_bfloat16_reads(const Value* values) {
     const Shape shape{values[5].integer, values[6].integer};
     return {reinterpret_cast<const char*>(values[7].integer),
