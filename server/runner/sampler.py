@@ -23,7 +23,7 @@ from ...kernels.largest.op import Largest
 from ...kernels.largest.reference import largest as reference_largest
 from ..generation import SamplingParams, TokenLogprobs
 from ..scheduler.sequence import Sequence
-from .filters import filtered, invert, place_filters, uniforms
+from .filters import Filters, filtered, invert, place_filters, uniforms
 from .masks import exclude_tokens
 from .reports import logprobs_of, pack_report, report_logprobs, unpack_report
 from .stage import HostStage, Stage
@@ -78,6 +78,21 @@ class Sampled:
     packed: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """What n rows are drawn with.
+
+    Attributes:
+        numbers: (n,) float64, where the distribution functions are inverted.
+        temperature: (n,) float32.
+        filters: What is left of the distributions.
+    """
+
+    numbers: Tensor
+    temperature: Tensor
+    filters: Filters
+
+
 def sample(
     logits: Tensor,
     sequences: Seq[Sequence],
@@ -104,16 +119,17 @@ def start_sampling(
 ) -> Sampled:
     """Draw on the device: nothing here waits for it."""
     reporting = [row for row, each in enumerate(sequences) if each.sampling.logprobs is not None]
-    raw = _rows(logits, reporting, stage)
+    reported = _index(reporting, stage) if reporting else None
+    raw = logits[:0] if reported is None else logits[reported]
     edit_logits(logits, sequences, stage)
     drawn = _draw(logits, sequences, stage, largest)
     packed = [drawn.token_ids]
     if drawn.unsure is not None:
         packed.append(drawn.unsure.int())
-    if reporting:
+    if reported is not None:
         num_top = _most_asked(reporting, sequences)
         # What is reported of a row that is not usable is not read, but must be of a token.
-        chosen = _rows(drawn.token_ids, reporting, stage).clamp(min=0).long()
+        chosen = drawn.token_ids[reported].clamp(min=0).long()
         packed.append(pack_report(logprobs_of(raw, chosen, num_top)))
     one = packed[0] if len(packed) == 1 else torch.cat(packed)
     return Sampled(logits, drawn.random, reporting, raw, one)
@@ -140,13 +156,11 @@ def read_choices(sampled: Sampled, sequences: Seq[Sequence], stage: Stage) -> li
     ]
 
 
-def _rows(tensor: Tensor, rows: Seq[int], stage: Stage) -> Tensor:
-    """A copy of these."""
-    if not rows:
-        return tensor[:0]
+def _index(rows: Seq[int], stage: Stage) -> Tensor:
+    """These on the device, with all that was placed before them."""
     index = stage.place(np.array(rows, dtype=np.int64))
     stage.flush()
-    return tensor[index]
+    return index
 
 
 def _why_unusable(sequence: Sequence) -> str:
@@ -175,15 +189,16 @@ def _draw_again(
     reports: list[TokenLogprobs],
 ) -> None:
     """Replace the tokens of these rows by draws from their whole vocabulary, and their reports."""
-    edited = _rows(sampled.edited, rows, stage)
-    parents = [sequences[row] for row in rows]
-    drawn, _ = _draw_at_random(edited, parents, stage, edited.shape[1])
+    vocab = sampled.edited.shape[1]
+    draws = _place_draws([sequences[row] for row in rows], vocab, stage)
+    edited = sampled.edited[_index(rows, stage)]
+    drawn, _ = _draw_at_random(edited, draws, vocab)
     for row, token_id in zip(rows, drawn.tolist(), strict=True):
         token_ids[row] = token_id
     places = [place for place, row in enumerate(sampled.reporting) if row in set(rows)]
     chosen = [token_ids[sampled.reporting[place]] for place in places]
     num_top = _most_asked(sampled.reporting, sequences)
-    raw = _rows(sampled.raw, places, stage)
+    raw = sampled.raw[_index(places, stage)]
     for place, report in zip(places, report_logprobs(raw, chosen, num_top, stage), strict=True):
         reports[place] = report
 
@@ -270,27 +285,30 @@ def _draw(logits: Tensor, sequences: Seq[Sequence], stage: Stage, largest: Large
     if not random:
         return Drawn(token_ids, random, None)
     rows = stage.place(np.array(random, dtype=np.int64))
+    draws = _place_draws([sequences[row] for row in random], logits.shape[1], stage)
     stage.flush()
     usable = token_ids[rows] >= 0
     chosen = torch.where(usable[:, None], logits[rows], 0.0)
-    drawing = [sequences[row] for row in random]
-    drawn, unsure = _draw_at_random(chosen, drawing, stage, _NUCLEUS_HEAD)
+    drawn, unsure = _draw_at_random(chosen, draws, _NUCLEUS_HEAD)
     token_ids[rows] = torch.where(usable, drawn.int(), -1)
     return Drawn(token_ids, random, unsure & usable)
 
 
-def _draw_at_random(
-    logits: Tensor, sequences: Seq[Sequence], stage: Stage, nucleus_head: int
-) -> tuple[Tensor, Tensor]:
-    """A token of each row, and whether it must be drawn again: its nucleus is larger."""
+def _place_draws(sequences: Seq[Sequence], vocab: int, stage: Stage) -> _Draws:
     params = [each.sampling for each in sequences]
     indices = [each.num_output_tokens for each in sequences]
-    numbers = stage.place(uniforms([each.seed for each in params], indices))
-    temperature = stage.place(np.array([each.temperature for each in params], np.float32))
-    filters = place_filters(params, logits.shape[1], stage)
-    stage.flush()
-    probs, unsure = filtered((logits / temperature[:, None]).softmax(-1), filters, nucleus_head)
-    return invert(probs, numbers), unsure
+    return _Draws(
+        stage.place(uniforms([each.seed for each in params], indices)),
+        stage.place(np.array([each.temperature for each in params], np.float32)),
+        place_filters(params, vocab, stage),
+    )
+
+
+def _draw_at_random(logits: Tensor, draws: _Draws, nucleus_head: int) -> tuple[Tensor, Tensor]:
+    """A token of each row, and whether it must be drawn again: its nucleus is larger."""
+    probs = (logits / draws.temperature[:, None]).softmax(-1)
+    kept, unsure = filtered(probs, draws.filters, nucleus_head)
+    return invert(kept, draws.numbers), unsure
 
 
 def _is_random(params: SamplingParams) -> bool:
